@@ -15,6 +15,7 @@ import hashlib
 import io
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -343,9 +344,10 @@ def load_checkpoint(path, device="cpu"):
         to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
         net = UNet(**config["net"]).to(device).eval()
         net.load_state_dict(checkpoint["ema"])
-    except Exception as error:
-        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py: "
-                        f"{first_line(error)}") from error
+    except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
+        reason = ("it holds more than tensors and plain values" if isinstance(
+            error, pickle.UnpicklingError) else first_line(error))
+        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py: {reason}") from error
     return checkpoint, net
 
 
@@ -418,7 +420,7 @@ def train(settings, checkpoint, out, device):
             "model": net.state_dict(), "ema": ema.module.state_dict(),
             "optimizer": optimizer.state_dict(), "step": step, "rng": rng, "tally": tally,
             "history": history, "seconds": time.monotonic() - started, "device": str(device),
-            "torch": torch.__version__}, out / "checkpoint.pt")
+            "torch": str(torch.__version__)}, out / "checkpoint.pt")
         # a picture from the same noise every time: one column a class
         y = torch.arange(len(CLASSES)).repeat(6).to(device)
         noise = torch.randn(len(y), 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -427,44 +429,42 @@ def train(settings, checkpoint, out, device):
         torchvision.utils.save_image(x_0, out / "samples" / f"{step:06d}.png", nrow=len(CLASSES),
                                      normalize=True, value_range=(-1, 1))
 
-    bar = tqdm(total=B * (steps or 0), initial=B * step, unit=" images", unit_scale=True)
-    while progress() < 1 and not stop:
-        # Algorithm 1: draw images with their classes, noise levels and noise
-        i = torch.randint(len(images), (B,), device=device)
-        x_0 = images[i].float() / 127.5 - 1
-        y = torch.where(torch.rand(B, device=device) < LABEL_DROPOUT, NULL, labels[i])
-        u = torch.rand(1, device=device) + torch.arange(B, device=device) / B
-        t = (u % 1 * config["T"]).long()  # uniform, and evenly spread within the batch
-        eps = torch.randn_like(x_0)
-        # predict
-        with autocast(device):
-            output = net(q_sample(x_0, t, eps, a), t, y)
-        goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
-        losses = (output.float() - goal).square().mean(dim=(1, 2, 3))  # (B,), DDPM Eq. 14
-        # descend
-        optimizer.zero_grad()
-        losses.mean().backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * progress())
-        for group in optimizer.param_groups:
-            group["lr"] = settings["lr"] * min((step + 1) / WARMUP, 1) * cosine
-        optimizer.step()
-        # average: the EMA's memory grows with the run, up to EMA_DECAY
-        ema.multi_avg_fn = get_ema_multi_avg_fn(min((1 + step) / (10 + step), EMA_DECAY))
-        ema.update_parameters(net)
-        tally.index_add_(1, t * BINS // config["T"],
-                         torch.stack([losses.detach(), torch.ones_like(losses)]))
-        step += 1
-        bar.update(B)
-        if step % LOG_EVERY == 0:
+    with tqdm(total=B * (steps or 0), initial=B * step, unit=" images", unit_scale=True) as bar:
+        while progress() < 1 and not stop:
+            # Algorithm 1: draw images with their classes, noise levels and noise
+            i = torch.randint(len(images), (B,), device=device)
+            x_0 = images[i].float() / 127.5 - 1
+            y = torch.where(torch.rand(B, device=device) < LABEL_DROPOUT, NULL, labels[i])
+            t = torch.randint(config["T"], (B,), device=device)
+            eps = torch.randn_like(x_0)
+            # predict
+            with autocast(device):
+                output = net(q_sample(x_0, t, eps, a), t, y)
+            goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
+            losses = (output.float() - goal).square().mean(dim=(1, 2, 3))  # (B,), DDPM Eq. 14
+            # descend
+            optimizer.zero_grad()
+            losses.mean().backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * progress())
+            for group in optimizer.param_groups:
+                group["lr"] = settings["lr"] * min((step + 1) / WARMUP, 1) * cosine
+            optimizer.step()
+            # average: the EMA's memory grows with the run, up to EMA_DECAY
+            ema.multi_avg_fn = get_ema_multi_avg_fn(min((1 + step) / (10 + step), EMA_DECAY))
+            ema.update_parameters(net)
+            tally.index_add_(1, t * BINS // config["T"],
+                             torch.stack([losses.detach(), torch.ones_like(losses)]))
+            step += 1
+            bar.update(B)
+            if step % LOG_EVERY == 0:
+                log()
+            if step % SAVE_EVERY == 0:
+                save()
+        if not stop and step % LOG_EVERY:
             log()
-        if step % SAVE_EVERY == 0:
+        if step % SAVE_EVERY:
             save()
-    if not stop and step % LOG_EVERY:
-        log()
-    if step % SAVE_EVERY:
-        save()
-    bar.close()
     here = os.path.relpath(out)
     if stop:
         print(f"stopped at step {step}, saved in {here}: --resume goes on from there")
