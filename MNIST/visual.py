@@ -222,7 +222,7 @@ def loss(model):
 FIGURES = {f.__name__: f for f in (reverse, forward, grid, steps, guidance, neighbours, loss)}
 
 
-def export(model, path, n, batch=250):
+def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
     y, chunks, seed = model.labels(n), [], model.seed
     for i in tqdm(range(0, n, batch), unit="batch", desc="exporting"):
