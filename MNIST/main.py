@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 # ---- Config: what a reader would play with ---------------------------------------------------
 T = 1000                # noise levels
-SCHEDULE = "cosine"     # or "linear", which spends a third of its levels on almost pure noise
+SCHEDULE = "cosine"     # or "linear", whose last third is almost pure noise
 TARGET = "v"            # what the net predicts: "v", or "eps" as in the DDPM paper
 CHANNELS = (16, 32, 64)  # one number a resolution: 28 x 28, 14 x 14, 7 x 7
 BLOCKS = 1              # residual blocks a resolution, on the way down and on the way up
-ATTENTION = ()          # resolutions with self-attention in every block; the middle always has it
+ATTENTION = ()          # resolutions whose blocks all have self-attention; the middle has it
 DROPOUT = 0.0
 LABEL_DROPOUT = 0.1     # share of training images whose class is hidden, for guidance
-STEPS = 7000            # optimizer steps
+STEPS = 5600            # optimizer steps
 BATCH_SIZE = 16
 LR = 4e-3               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
 WARMUP = 100
@@ -54,7 +54,7 @@ HERE = Path(__file__).resolve().parent
 CLASSES = [str(digit) for digit in range(10)]
 NULL = -1               # the label that says "any class"
 BINS = 20               # bins of the loss by timestep
-NOT_FINITE = "the loss is not finite at step {}: lower --lr (the checkpoint before it is untouched)"
+NOT_FINITE = "the loss is not finite at step {}: lower --lr; the checkpoint before it is untouched"
 DIGITS_SHA256 = "dbc1a7a856faa139a96c60663f15aea32a2e2b4deebcedd2e5d1a3e136fcfb48"
 
 
@@ -82,8 +82,8 @@ def load_data(data=None):
         whole = (len(images) == len(labels) > 0 and images.shape[1:] == (1, 28, 28)
                  and images.dtype == torch.uint8 and set(labels.tolist()) <= set(range(10)))
     except Exception as error:  # torchvision's reader raises whatever a damaged file makes it raise
-        raise UserError(f"no whole MNIST in {root} (expected the four files of torchvision's layout "
-                        f"in {root / 'MNIST' / 'raw'}): {first_line(error)}") from error
+        raise UserError(f"no whole MNIST in {root / 'MNIST' / 'raw'} (torchvision's layout, four "
+                        f"files, is expected there): {first_line(error)}") from error
     if not whole:
         raise UserError(f"the files in {root / 'MNIST' / 'raw'} are not MNIST's training set")
     return images, labels, f"MNIST, {len(images):,} training digits"
@@ -104,30 +104,28 @@ def embedded_digits():
 
 
 def download(root, patience=20):
-    """Download MNIST to root; False if that fails or if nothing arrives for `patience` seconds.
+    """Download MNIST to root; False if that fails or nothing arrives for `patience` seconds.
 
-    torchvision's downloader knows no time limit, so it runs in a process that can be stopped, in
-    a folder that takes its final name only when it is whole.
+    torchvision's downloader has no time limit, so it runs in a process that can be stopped, in a
+    folder that takes its final name only when it is whole.
     """
     print(f"downloading MNIST to {root}")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root) as part:
-            code = "import sys, torchvision; torchvision.datasets.MNIST(sys.argv[1], download=True)"
-            with subprocess.Popen([sys.executable, "-c", code, part], stdout=subprocess.DEVNULL,
-                                  stderr=subprocess.DEVNULL) as child:
-                size, since = -1, time.monotonic()
-                while child.poll() is None and time.monotonic() - since < patience:
-                    time.sleep(0.1)
-                    arrived = sum(f.stat().st_size for f in Path(part).rglob("*") if f.is_file())
-                    if arrived != size:
-                        size, since = arrived, time.monotonic()
-                child.kill()
-            if child.returncode == 0:
-                os.replace(Path(part) / "MNIST", root / "MNIST")
-            return child.returncode == 0
-    except OSError:
-        return False
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root) as part:
+        code = "import sys, torchvision; torchvision.datasets.MNIST(sys.argv[1], download=True)"
+        with subprocess.Popen([sys.executable, "-c", code, part], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as child:
+            arrived, since = -1, time.monotonic()
+            while child.poll() is None and time.monotonic() - since < patience:
+                time.sleep(0.1)
+                size = sum(file.stat().st_size for file in Path(part).rglob("*") if file.exists())
+                if size != arrived:
+                    arrived, since = size, time.monotonic()
+            child.kill()
+        if child.returncode != 0:
+            return False
+        os.replace(Path(part) / "MNIST", root / "MNIST")
+        return True
 
 
 # ---- The idea: noise can be added in one step ------------------------------------------------
@@ -238,7 +236,7 @@ class UNet(nn.Module):
         self.label = nn.Embedding(classes + 1, c_emb)       # row 0 is NULL
         self.stem = nn.Conv2d(image_channels, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, skips = width, []
+        c = width
         for level, c_out in enumerate(channels):
             if level > 0:
                 self.down.append(nn.AvgPool2d(2))
@@ -246,19 +244,18 @@ class UNet(nn.Module):
             for _ in range(blocks):
                 self.down.append(Block(c, c_out, c_emb, size in attention, dropout))
                 c = c_out
-                skips.append(c)
         self.middle = nn.ModuleList([Block(c, c, c_emb, True, dropout),
                                      Block(c, c, c_emb, False, dropout)])
-        for level, c_out in reversed(list(enumerate(channels))):
+        for level in reversed(range(len(channels))):
+            c = channels[level]
             for _ in range(blocks):
-                self.up.append(Block(c_out, c_out, c_emb, size in attention, dropout))
-                c = c_out
+                self.up.append(Block(c, c, c_emb, size in attention, dropout))
             if level > 0:
-                c = channels[level - 1]
-                self.up.append(nn.Sequential(nn.Conv2d(c_out, c, 1), nn.Upsample(scale_factor=2)))
+                self.up.append(nn.Sequential(nn.Conv2d(c, channels[level - 1], 1),
+                                             nn.Upsample(scale_factor=2)))
                 size *= 2
-        self.out = nn.Sequential(group_norm(c), nn.SiLU(),
-                                 zero_init(nn.Conv2d(c, image_channels, 3, padding=1)))
+        self.out = nn.Sequential(group_norm(width), nn.SiLU(),
+                                 zero_init(nn.Conv2d(width, image_channels, 3, padding=1)))
 
     def forward(self, x_t, t, y):
         angles = t[:, None] * self.frequencies              # DDPM, Appendix B
@@ -307,7 +304,7 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, g
             else:
                 output = net(x_t, ts, y).to(x_t.dtype)
         x0_hat = to_x0_eps(output, x_t, a, target)[0].clamp(-1, 1)
-        eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5  # the noise left by the clamped x0_hat
+        eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5  # what the clamped x0_hat leaves
         yield t, x_t, x0_hat
         # DDIM Eq. 12 and 16; with eta = 1 its mean is DDPM's Eq. 7 and sigma^2 is beta_tilde
         sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
@@ -347,7 +344,8 @@ def load_checkpoint(path, device="cpu"):
     except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
         reason = ("it holds more than tensors and plain values" if isinstance(
             error, pickle.UnpicklingError) else first_line(error))
-        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py: {reason}") from error
+        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py: "
+                        f"{reason}") from error
     return checkpoint, net
 
 
@@ -470,7 +468,8 @@ def train(settings, checkpoint, out, device):
     if stop:
         print(f"stopped at step {step}, saved in {here}: --resume goes on from there")
         return 130
-    print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\nloss: {history[-1][2]:.4f}\n"
+    print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\n"
+          f"loss: {history[-1][2]:.4f}\n"
           f"checkpoint: {here}/checkpoint.pt (and {here}/samples)\n"
           f"next: python {os.path.relpath(HERE)}/visual.py --checkpoint {here}/checkpoint.pt")
     return 0
@@ -490,14 +489,15 @@ def number(kind, low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text!r}")
         return value
     return parse
 
 
 def pick_device(name):
     """torch.device for auto, cuda, mps or cpu. Raises UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
         name = next(device for device, available in there.items() if available)
     if not there[name]:
@@ -510,7 +510,7 @@ def first_line(error):
 
 
 def run(main):
-    """Exit with main's code; with 2 and one line on stderr if the user or the machine is at fault."""
+    """Exit with main's code; with 2 and one line on stderr for what the user can mend."""
     try:
         sys.exit(main())
     except (UserError, OSError) as error:
@@ -552,7 +552,10 @@ def main():
         print(f"resuming {path} at step {checkpoint['step']}: {settings}")
     if args.steps or args.minutes:
         settings |= {"steps": None, "minutes": None}
-    settings |= {key: value for key, value in vars(args).items() if key in settings and value is not None}
+    if args.data and args.data != "embedded":
+        args.data = os.path.abspath(args.data)  # --resume may come from another folder
+    settings |= {key: value for key, value in vars(args).items()
+                 if key in settings and value is not None}
     if checkpoint is None and path.exists():
         kept = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
         path.rename(kept)

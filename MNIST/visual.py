@@ -1,12 +1,12 @@
-"""Watch the diffusion model of main.py at work: every figure of the tutorial, drawn from a checkpoint.
+"""Watch the diffusion model of main.py at work: the tutorial's figures, drawn from a checkpoint.
 
     python visual.py                        noise turning into digits: figures/reverse.png and .gif
     python visual.py grid steps             other figures by name; `all` draws every one
     python visual.py --label 7 --steps 50   one class only, more sampler steps
     python visual.py --export FILE.npz --n 5000    images and labels as arrays, for a judge
 
-Takes the newest checkpoint in runs/, else pretrained.pt. The net, the noise schedule and the sampler
-are main.py's own.
+Takes the newest checkpoint in runs/, else pretrained.pt. The net, the noise schedule and the
+sampler are main.py's own.
 """
 import time
 from pathlib import Path
@@ -66,17 +66,19 @@ class Model:
         return x_0
 
     def sampler(self):
-        return f"{self.steps} steps, eta = {self.eta:g}, guidance w = {self.guidance:g}, seed {self.seed}"
+        return (f"{self.steps} steps, eta = {self.eta:g}, guidance w = {self.guidance:g}, "
+                f"seed {self.seed}")
 
 
 def draw(axis, images, row_titles, column_titles):
-    """Tile images (rows * columns, C, H, W), row by row, into one picture with titles at its edges."""
+    """Tile images (rows * columns, C, H, W), row by row, into one picture with titles around it."""
     pad, (H, W) = 2, images.shape[2:]
     page = make_grid(images, nrow=len(images) // len(row_titles), padding=pad, normalize=True,
                      value_range=(-1, 1), pad_value=1)
     picture = axis.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set_yticks([pad + H / 2 + i * (H + pad) for i in range(len(row_titles))], row_titles)
-    axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))], column_titles)
+    axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))],
+                    column_titles)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
     return picture
@@ -84,7 +86,8 @@ def draw(axis, images, row_titles, column_titles):
 
 def canvas(title, caption, columns, rows, extra=0.0):
     """A figure whose size fits a tiling of rows x columns; returns (figure, axes or axis)."""
-    figure, axes = plt.subplots(2 if extra else 1, figsize=(0.62 * columns + 1, 0.6 * rows + 1 + extra),
+    figure, axes = plt.subplots(2 if extra else 1,
+                                figsize=(0.62 * columns + 1, 0.6 * rows + 1 + extra),
                                 height_ratios=[0.6 * rows, extra] if extra else None)
     figure.suptitle(title, fontsize=10)
     figure.supxlabel(caption, fontsize=6.5, color="0.4")
@@ -103,7 +106,8 @@ def reverse(model):
     walk = list(model.walk(y))
     shown = sorted({round(i * (len(walk) - 1) / 9) for i in range(10)})
     tiles = torch.stack([torch.stack([walk[i][k] for i in shown], 1) for k in (1, 2)], 1)
-    rows = [title for name in y for title in (f"{model.classes[name]}   $x_t$", r"$\hat{x}_0$")]
+    rows = [title for name in y
+            for title in (f"{model.classes[name]}   $x_t$", r"$\hat{x}_0$")]
     figure, axis = canvas("The reverse process: from noise to an image",
                           f"{model.caption}; {model.sampler()}", len(shown), len(rows))
     draw(axis, tiles.flatten(0, 2), rows, [paper_t(walk[i][0]) for i in shown])
@@ -130,7 +134,7 @@ def animate(model, path, n=50):
 
 
 def forward(model):
-    """Real images drowning in noise, under both schedules, and the share of the image that is left."""
+    """Real images drowning in noise, under both schedules, and how much of them is left."""
     images, labels, source = load_data(model.data)
     picks = [(labels == y).nonzero()[0].item() for y in model.labels(3).tolist()]
     T = len(model.alpha_bar)
@@ -143,7 +147,8 @@ def forward(model):
     for i in picks:
         x_0 = images[i:i + 1].float() / 127.5 - 1
         for a in schedules.values():
-            tiles += [x_0 if t < 0 else q_sample(x_0, torch.tensor([t]), eps, a.float()) for t in times]
+            tiles += [x_0 if t < 0 else q_sample(x_0, torch.tensor([t]), eps, a.float())
+                      for t in times]
     draw(top, torch.cat(tiles), [*schedules] * len(picks), [paper_t(t) for t in times])
     for name, a in schedules.items():
         bottom.plot(range(T + 1), [1.0, *a], label=name)
@@ -167,8 +172,9 @@ def steps(model):
         started = time.perf_counter()
         tiles.append(model.images(y, steps=n))
         rows.append(f"{n} steps\n{time.perf_counter() - started:.1f} s")
-    figure, axis = canvas("The same noise, more steps", f"{model.caption}; seconds for 10 images on "
-                          f"{model.device}; eta = {model.eta:g}, w = {model.guidance:g}", 10, len(rows))
+    figure, axis = canvas("The same noise, more steps",
+                          f"{model.caption}; seconds for 10 images on {model.device}; "
+                          f"eta = {model.eta:g}, w = {model.guidance:g}", 10, len(rows))
     draw(axis, torch.cat(tiles), rows, [model.classes[name] for name in y])
     return {"steps.png": figure}
 
@@ -196,8 +202,8 @@ def neighbours(model):
     figure, axis = canvas(
         "Is it copying? Generated images and the nearest training images",
         f"{model.caption}; neighbours: {source}.\nMedian distance to the nearest: "
-        f"{distance[:, 0].median():.1f} from 100 generated images, {among_real.median():.1f} from 100 "
-        f"training images to the others", 10, 4)
+        f"{distance[:, 0].median():.1f} from 100 generated images, {among_real.median():.1f} from "
+        f"100 training images to the others", 10, 4)
     draw(axis, torch.cat(tiles), ["generated", "nearest", "second", "third"],
          [model.classes[name] for name in y[:10]])
     return {"neighbours.png": figure}
@@ -210,7 +216,8 @@ def loss(model):
     late = torch.tensor([row[3] for row in rows[-max(1, len(rows) // 5):]]).nanmean(0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
     left.plot(step, value, marker="." if len(step) < 3 else None)
-    left.set(xlabel="step", ylabel=f"loss ({model.target} target)", yscale="log", title="Loss while training")
+    left.set(xlabel="step", ylabel=f"loss ({model.target} target)", yscale="log",
+             title="Loss while training")
     right.bar(np.arange(BINS), late, width=0.9, align="edge")
     right.set_xticks(np.arange(0, BINS + 1, 5), [f"{i * len(model.alpha_bar) // BINS}"
                                                 for i in range(0, BINS + 1, 5)])
@@ -230,7 +237,8 @@ def export(model, path, n, batch=50):
         chunks.append(model.images(y[i:i + batch]))
     pixels = ((torch.cat(chunks) + 1) * 127.5).round().to(torch.uint8)
     with open(path, "wb") as file:
-        np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy(), labels=y.numpy())
+        np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy(),
+                            labels=y.numpy())
     print(f"{path}: {n} images, {model.sampler()}")
 
 
@@ -244,16 +252,19 @@ def main():
     add = parser.add_argument
     add("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(FIGURES)} or all [reverse]")
     add("--label", help="this class only")
-    add("--steps", type=number(int, 1, 10**6), default=SAMPLE_STEPS, help=f"sampler steps [{SAMPLE_STEPS}]")
+    add("--steps", type=number(int, 1, 10**6), default=SAMPLE_STEPS,
+        help=f"sampler steps [{SAMPLE_STEPS}]")
     add("--eta", type=number(float, 0, 1), default=ETA, help=f"0 is DDIM, 1 is DDPM [{ETA:g}]")
-    add("--guidance", type=number(float, 0, 100), default=GUIDANCE, help=f"w, 0 is off [{GUIDANCE:g}]")
+    add("--guidance", type=number(float, 0, 100), default=GUIDANCE,
+        help=f"w, 0 is off [{GUIDANCE:g}]")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of the noise [0]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--checkpoint", type=Path, help="[the newest in runs/, else pretrained.pt]")
     add("--data", help="as main.py's; forward and neighbours show real digits")
     add("--out", type=Path, default=HERE / "figures", help="folder for the figures [figures/ here]")
     add("--show", action="store_true", help="open a window for each figure too")
-    add("--export", type=Path, metavar="FILE.npz", help="write generated images as arrays, no figures")
+    add("--export", type=Path, metavar="FILE.npz",
+        help="write generated images as arrays instead of figures")
     add("--n", type=number(int, 1, 10**7), default=1000, help="how many images to export [1000]")
     args = parser.parse_args()
     names = args.figures or ["reverse"]
@@ -261,8 +272,8 @@ def main():
     if unknown := [name for name in names if name not in FIGURES]:
         raise UserError(f"no figure {unknown[0]!r}: there are {', '.join(FIGURES)} and all")
     device, path = pick_device(args.device), args.checkpoint or newest_checkpoint()
-    model = Model(path.resolve(), device, args.label, args.steps, args.eta, args.guidance, args.seed,
-                  args.data)
+    model = Model(path.resolve(), device, args.label, args.steps, args.eta, args.guidance,
+                  args.seed, args.data)
     print(f"checkpoint: {path} ({model.checkpoint['step']} steps on {model.checkpoint['data']})")
     if args.export:
         return export(model, args.export, args.n)

@@ -31,7 +31,8 @@ def run(script, *args, **options):
 
 def fails(process, *words):
     """The contract for a user's error: exit code 2, one line on stderr, no traceback."""
-    lines = [line for line in process.stderr.splitlines() if "images/s" not in line and line.strip()]
+    lines = [line for line in process.stderr.splitlines()
+             if line.strip() and "images/s]" not in line.split("error: ")[0]]
     assert process.returncode == 2, process.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
     for word in words:

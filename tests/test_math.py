@@ -59,7 +59,8 @@ def test_small_steps_add_up_to_the_closed_form(main, name):
         ts = torch.tensor([t])
         one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1)
         assert main.q_sample(one, ts, zero, alpha_bar).item() == pytest.approx(mean, rel=1e-9)
-        assert main.q_sample(zero, ts, one, alpha_bar).item() ** 2 == pytest.approx(variance, rel=1e-9)
+        noise_std = main.q_sample(zero, ts, one, alpha_bar).item()
+        assert noise_std ** 2 == pytest.approx(variance, rel=1e-9)
 
 
 @pytest.mark.parametrize("target", ["eps", "v"])
@@ -76,7 +77,7 @@ def test_conversions_invert_each_other(main, target):
 @pytest.mark.parametrize("target", ["eps", "v"])
 def test_ddpm_step_is_the_posterior_by_bayes(main, target):
     """steps = T, eta = 1: each step draws from q(x_{t-1} | x_t, x0_hat), found here as a product
-    of two Gaussians: N(x_t; sqrt(alpha) x_{t-1}, beta) N(x_{t-1}; sqrt(a_prev) x0_hat, 1 - a_prev)."""
+    of N(x_t; sqrt(alpha) x_{t-1}, beta) and N(x_{t-1}; sqrt(a_prev) x0_hat, 1 - a_prev)."""
     beta = torch.linspace(0.01, 0.3, 20, dtype=torch.float64)
     alpha_bar = torch.cumprod(1 - beta, 0)
     net = perfect(image(), alpha_bar, target)
@@ -89,7 +90,8 @@ def test_ddpm_step_is_the_posterior_by_bayes(main, target):
             break
         a_prev = alpha_bar[t - 1]
         precision = (1 - beta[t]) / beta[t] + 1 / (1 - a_prev)
-        mean = ((1 - beta[t]).sqrt() / beta[t] * x_t + a_prev.sqrt() / (1 - a_prev) * x0_hat) / precision
+        mean = ((1 - beta[t]).sqrt() / beta[t] * x_t
+                + a_prev.sqrt() / (1 - a_prev) * x0_hat) / precision
         z = torch.randn(x_t.shape, generator=draws, dtype=torch.float64)
         torch.testing.assert_close(x_prev, mean + precision ** -0.5 * z)
     assert [t for t, _, _ in frames] == list(range(19, -2, -1))
@@ -104,7 +106,8 @@ def test_ddim_step_is_equation_12(main):
     assert [t for t, _, _ in frames] == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, -1]
     for (t, x_t, _), (t_prev, x_prev, _) in zip(frames, frames[1:]):
         a, a_prev = alpha_bar[t], alpha_bar[t_prev] if t_prev >= 0 else torch.tensor(1.0)
-        x0_hat = ((x_t - (1 - a).sqrt() * net(x_t, torch.full((3,), t), None)) / a.sqrt()).clamp(-1, 1)
+        eps = net(x_t, torch.full((3,), t), None)
+        x0_hat = ((x_t - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
         eps_hat = (x_t - a.sqrt() * x0_hat) / (1 - a).sqrt()
         torch.testing.assert_close(x_prev, a_prev.sqrt() * x0_hat + (1 - a_prev).sqrt() * eps_hat)
 
@@ -114,7 +117,8 @@ def test_ddim_step_is_equation_12(main):
 @pytest.mark.parametrize("steps, eta", [(1, 0.0), (7, 0.0), (7, 1.0), (1000, 1.0)])
 def test_a_perfect_predictor_returns_the_image(main, schedule, target, steps, eta):
     alpha_bar, x_0 = main.noise_schedule(schedule, 1000), image()
-    frames = walk(main, perfect(x_0, alpha_bar, target), alpha_bar, target=target, steps=steps, eta=eta)
+    net = perfect(x_0, alpha_bar, target)
+    frames = walk(main, net, alpha_bar, target=target, steps=steps, eta=eta)
     assert len(frames) == steps + 1
     torch.testing.assert_close(frames[-1][1], x_0, rtol=0, atol=1e-9)
 
@@ -139,11 +143,11 @@ def test_guess_is_clamped_before_the_mean(main):
 
 
 def test_same_generator_same_images(main):
-    def final(seed):
-        net = perfect(image() * 0.5, main.noise_schedule("cosine", 1000), "v")
-        return walk(main, lambda *args: net(*args) * 0.9, main.noise_schedule("cosine", 1000),
-                    target="v", steps=5, eta=1.0, generator=torch.Generator().manual_seed(seed))[2][1]
-    assert torch.equal(final(3), final(3)) and not torch.equal(final(3), final(4))
+    def midway(seed):
+        frames = walk(main, lambda x_t, t, y: x_t, main.noise_schedule("cosine", 1000), steps=5,
+                      eta=1.0, generator=torch.Generator().manual_seed(seed))
+        return frames[2][1]
+    assert torch.equal(midway(3), midway(3)) and not torch.equal(midway(3), midway(4))
 
 
 def small_net(main, **changes):
@@ -170,7 +174,7 @@ def test_attention_is_where_the_config_says(main):
     sizes = []
     for module in net.modules():
         if isinstance(module, main.Attention):
-            module.register_forward_hook(lambda _, inputs, output: sizes.append(inputs[0].shape[-1]))
+            module.register_forward_hook(lambda _, x, output: sizes.append(x[0].shape[-1]))
     net(torch.randn(1, 1, 28, 28), torch.tensor([5]), torch.tensor([0]))
     assert sizes == [14, 14, 14]  # down, middle, up
 
