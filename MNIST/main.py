@@ -21,13 +21,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 # ---- Config: what a reader would play with ---------------------------------------------------
@@ -97,7 +100,7 @@ def embedded_digits():
     path = HERE / "digits.png"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != DIGITS_SHA256:
         raise UserError(f"{path} is missing or altered: take it anew from the repository")
-    page = torchvision.io.read_image(str(path))             # (1, 1400, 2800)
+    page = pil_to_tensor(Image.open(path))                  # (1, 1400, 2800)
     images = page.unfold(1, 28, 28).unfold(2, 28, 28)       # (1, 50, 100, 28, 28)
     labels = torch.arange(10).repeat_interleave(500)
     return images.reshape(-1, 1, 28, 28), labels, "MNIST, only the 5,000 embedded digits"
@@ -320,11 +323,14 @@ def save_checkpoint(checkpoint, path):
     """Write atomically: at any moment `path` holds the old file or the new one, whole."""
     buffer, part = io.BytesIO(), path.with_suffix(".part")
     torch.save(checkpoint, buffer)
-    with open(part, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot save {path}, the old one is kept: {error.strerror}") from error
 
 
 def load_checkpoint(path, device="cpu"):
@@ -334,6 +340,7 @@ def load_checkpoint(path, device="cpu"):
     """
     if not Path(path).is_file():
         raise UserError(f"there is no checkpoint {path}: `python {HERE.name}/main.py` makes one")
+    warnings.simplefilter("ignore", UserWarning)  # torch's, about the odd files refused below
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         config = checkpoint["config"]

@@ -231,6 +231,8 @@ FIGURES = {f.__name__: f for f in (reverse, forward, grid, steps, guidance, neig
 
 def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"--export {path}: there is no folder {path.parent}")
     y, chunks, seed = model.labels(n), [], model.seed
     for i in tqdm(range(0, n, batch), unit="batch", desc="exporting"):
         model.seed = seed + i

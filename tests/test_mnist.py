@@ -14,7 +14,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails, load, run
+from conftest import ROOT, call, fails, load, run
 
 MAIN, VISUAL = "MNIST/main.py", "MNIST/visual.py"
 FIGURES = ["reverse.png", "reverse.gif", "forward.png", "grid.png", "steps.png", "guidance.png",
@@ -24,6 +24,10 @@ SMALL = ["--data", "embedded", "--batch-size", 8, "--device", "cpu"]
 
 def train(out, *args, **options):
     return run(MAIN, *SMALL, "--out", out, *args, **options)
+
+
+def trial(out, *args):
+    return call(MAIN, *SMALL, "--out", out, *args)
 
 
 def same(a, b):
@@ -90,8 +94,8 @@ def test_every_figure_from_a_dry_run(dry, tmp_path):
 
 def test_export_writes_what_a_judge_reads(dry, tmp_path):
     for name, options in (("a", []), ("b", []), ("c", ["--seed", 1]), ("d", ["--label", 7])):
-        process = run(VISUAL, "--export", tmp_path / f"{name}.npz", "--n", 12, "--steps", 2,
-                      "--checkpoint", dry / "checkpoint.pt", *options)
+        process = call(VISUAL, "--export", tmp_path / f"{name}.npz", "--n", 12, "--steps", 2,
+                       "--checkpoint", dry / "checkpoint.pt", *options)
         assert process.returncode == 0, process.stderr
     a, b, c, d = (np.load(tmp_path / f"{name}.npz") for name in "abcd")
     assert a["images"].shape == (12, 28, 28) and a["images"].dtype == np.uint8
@@ -116,7 +120,7 @@ def test_shipped_weights_draw_the_digit_asked_for(tmp_path):
 # ---- the same seed, the same run; interrupted or not ----
 def test_a_seed_fixes_the_run(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert train(tmp_path / name, "--steps", 8, "--seed", seed).returncode == 0
+        assert trial(tmp_path / name, "--steps", 8, "--seed", seed).returncode == 0
     assert same(tmp_path / "a", tmp_path / "b") and not same(tmp_path / "a", tmp_path / "c")
 
 
@@ -218,11 +222,11 @@ def wrong_labels(raw):
 @pytest.mark.parametrize("spoil", [cut, foreign, wrong_size, wrong_labels])
 def test_damaged_data(mnist, tmp_path, spoil):
     spoil(mnist / "MNIST/raw")
-    assert fails(run(MAIN, "--data", mnist, "--steps", 2, "--out", tmp_path / "out"), "MNIST/raw")
+    assert fails(call(MAIN, "--data", mnist, "--steps", 2, "--out", tmp_path / "out"), "MNIST/raw")
 
 
 def test_no_such_data_folder(tmp_path):
-    assert fails(train(tmp_path, "--data", tmp_path / "nowhere"), "nowhere")
+    assert fails(trial(tmp_path, "--data", tmp_path / "nowhere"), "nowhere")
 
 
 def test_altered_digits_png(tmp_path):
@@ -230,7 +234,7 @@ def test_altered_digits_png(tmp_path):
     data = bytearray((ROOT / "MNIST/digits.png").read_bytes())
     data[5000] ^= 1
     (tmp_path / "digits.png").write_bytes(data)
-    assert fails(run(tmp_path / "main.py", "--dry-run"), "digits.png")
+    assert fails(call(tmp_path / "main.py", "--dry-run"), "digits.png")
 
 
 @pytest.fixture
@@ -300,17 +304,17 @@ def test_bad_checkpoints(how, dry, broken, tmp_path):
         path = broken(lambda checkpoint: checkpoint["config"].update(target="nonsense"))
     elif how == "not a dict":
         torch.save([1, 2, 3], path)
-    assert fails(run(VISUAL, "--checkpoint", path, "--out", tmp_path / "figures"), path.name)
+    assert fails(call(VISUAL, "--checkpoint", path, "--out", tmp_path / "figures"), path.name)
     if path.exists():
         before = path.rename(tmp_path / "checkpoint.pt").read_bytes()
-        assert fails(run(MAIN, "--resume", "--out", tmp_path), "checkpoint.pt")
+        assert fails(call(MAIN, "--resume", "--out", tmp_path), "checkpoint.pt")
         assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not marker.exists()
 
 
 def test_resuming_weights_without_a_run(broken):
     path = broken(lambda checkpoint: checkpoint.pop("optimizer"))
-    assert fails(run(MAIN, "--resume", "--out", path.parent), "resume")
+    assert fails(call(MAIN, "--resume", "--out", path.parent), "resume")
 
 
 def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(broken):
@@ -319,7 +323,7 @@ def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(broken):
         checkpoint["settings"]["steps"] = 60
     path = broken(poison)
     before = path.read_bytes()
-    assert fails(run(MAIN, "--resume", "--out", path.parent), "not finite")
+    assert fails(call(MAIN, "--resume", "--out", path.parent), "not finite")
     assert path.read_bytes() == before
 
 
@@ -339,7 +343,7 @@ def test_a_full_disk_spares_the_checkpoint(dry, tmp_path):
     ["--batch-size", "0"], ["--lr", "0"], ["--lr", "inf"], ["--seed", "-1"],
     ["--device", "abacus"], ["--nonsense"]])
 def test_flags_of_main_out_of_range(args, tmp_path):
-    assert fails(train(tmp_path / "out", *args), args[0])
+    assert fails(trial(tmp_path / "out", *args), args[0])
     assert not (tmp_path / "out").exists()
 
 
@@ -348,17 +352,17 @@ def test_flags_of_main_out_of_range(args, tmp_path):
     ["--guidance", "nan"], ["--eta", "2"], ["--n", "0"], ["nonsense"],
     ["--export", "no/such/folder/x.npz"]])
 def test_flags_of_visual_out_of_range(args, dry, tmp_path):
-    assert fails(run(VISUAL, "--checkpoint", dry / "checkpoint.pt", "--out", tmp_path / "out",
+    assert fails(call(VISUAL, "--checkpoint", dry / "checkpoint.pt", "--out", tmp_path / "out",
                      *args), args[-1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 @pytest.mark.parametrize("script", [MAIN, VISUAL])
 def test_cuda_where_there_is_none(script):
-    assert fails(run(script, "--device", "cuda"), "cuda")
+    assert fails(call(script, "--device", "cuda"), "cuda")
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert fails(train(tmp_path / "file/out", "--steps", 2), "file/out")
+    assert fails(trial(tmp_path / "file/out", "--steps", 2), "file/out")
     (tmp_path / "file").unlink()
