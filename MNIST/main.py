@@ -49,7 +49,7 @@ WARMUP = 100
 EMA_DECAY = 0.9999      # reached late: until then the EMA spans the last thirtieth of the run
 SAMPLE_STEPS = 20       # sampler: net evaluations an image, 1..T
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
-GUIDANCE = 0.5          # w of classifier-free guidance; 0 is off
+GUIDANCE = 0.3          # w of classifier-free guidance; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_EVERY = 500        # steps between two checkpoints, each with a grid of samples
 
