@@ -44,7 +44,7 @@ def call(script, *args):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     sys.modules.pop("main", None)
     signal.signal(signal.SIGINT, handler)
-    return subprocess.CompletedProcess(args, stop.value.code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(args, stop.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def fails(process, *words):
