@@ -1,6 +1,6 @@
 """Denoising diffusion on MNIST, from scratch: noise schedule, UNet, training loop, sampler.
 
-    python main.py                  train on the machine you have (two CPU cores are enough)
+    python main.py                  train for 5 minutes (two CPU cores are enough)
     python main.py --minutes 30     train for a given time; --resume goes on; --help says the rest
     python visual.py                watch digits come out of noise
 
@@ -42,7 +42,7 @@ BLOCKS = 1              # residual blocks a resolution, on the way down and on t
 ATTENTION = ()          # resolutions whose blocks all have self-attention; the middle has it
 DROPOUT = 0.0
 LABEL_DROPOUT = 0.1     # share of training images whose class is hidden, for guidance
-STEPS = 5600            # optimizer steps
+MINUTES = 5             # how long to train, on any machine; --steps makes a run repeatable
 BATCH_SIZE = 16
 LR = 4e-3               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
 WARMUP = 100
@@ -530,9 +530,10 @@ def run(main):
 def main():
     parser = Parser(description="Train a denoising diffusion model on MNIST.")
     add = parser.add_argument
-    add("--steps", type=number(int, 1, 10**8), help=f"optimizer steps [{STEPS}]")
+    add("--steps", type=number(int, 1, 10**8),
+        help="train for this many optimizer steps instead: the same seed, the same result")
     add("--minutes", type=number(float, 0.01, 10**6),
-        help="train for this long instead, all legs of a resumed run together")
+        help=f"train for this long, all legs of a resumed run together [{MINUTES}]")
     add("--batch-size", type=number(int, 1, 10**6), help=f"images a step [{BATCH_SIZE}]")
     add("--lr", type=number(float, 1e-8, 10), help=f"peak learning rate [{LR}]")
     add("--seed", type=number(int, 0, 2**63 - 1), help="seed of the whole run [0]")
@@ -547,10 +548,11 @@ def main():
     out = args.out or HERE / ("dry-run" if args.dry_run else "runs")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     path, checkpoint = out / "checkpoint.pt", None
-    settings = {"steps": STEPS, "minutes": None, "batch_size": BATCH_SIZE, "lr": LR, "seed": 0,
+    settings = {"steps": None, "minutes": MINUTES, "batch_size": BATCH_SIZE, "lr": LR, "seed": 0,
                 "data": None, "sample_steps": SAMPLE_STEPS}
     if args.dry_run:
-        settings |= {"steps": 5, "batch_size": 8, "data": "embedded", "sample_steps": 2}
+        settings |= {"steps": 5, "minutes": None, "batch_size": 8, "data": "embedded",
+                     "sample_steps": 2}
     if args.resume:
         checkpoint, _ = load_checkpoint(path, device)
         if "optimizer" not in checkpoint:
