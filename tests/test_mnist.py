@@ -2,6 +2,7 @@
 import gzip
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -130,7 +131,7 @@ def start(out, *args):
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL)
     seen = b""
-    while b"images/s]" not in seen:
+    while not re.search(rb"\d images/s", seen):
         byte = process.stderr.read(1)
         assert byte, seen
         seen += byte
