@@ -469,7 +469,7 @@ def train(settings, checkpoint, out, device):
                 save()
         if not stop and step % LOG_EVERY:
             log()
-        if step % SAVE_EVERY:
+        if step == 0 or step % SAVE_EVERY:
             save()
     here = os.path.relpath(out)
     if stop:

@@ -75,13 +75,12 @@ def draw(axis, images, row_titles, column_titles):
     pad, (H, W) = 2, images.shape[2:]
     page = make_grid(images, nrow=len(images) // len(row_titles), padding=pad, normalize=True,
                      value_range=(-1, 1), pad_value=1)
-    picture = axis.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set_yticks([pad + H / 2 + i * (H + pad) for i in range(len(row_titles))], row_titles)
     axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))],
                     column_titles)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
-    return picture
 
 
 def canvas(title, caption, columns, rows, extra=0.0):
