@@ -51,7 +51,7 @@ SAMPLE_STEPS = 20       # sampler: net evaluations an image, 1..T
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
 GUIDANCE = 0.3          # w of classifier-free guidance; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
-SAVE_EVERY = 500        # steps between two checkpoints, each with a grid of samples
+SAVE_SECONDS = 30       # between two checkpoints, each with a grid of samples
 
 HERE = Path(__file__).resolve().parent
 CLASSES = [str(digit) for digit in range(10)]
@@ -176,7 +176,9 @@ def to_x0_eps(output, x_t, a, target):
 
 # ---- The network: image in, image out, told t and y ------------------------------------------
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels)
+    """At least four channels a group, at most 32 groups, all of one size."""
+    groups = next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels)
 
 
 def zero_init(layer):
@@ -197,9 +199,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).transpose(2, 3).unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v)         # (B, H*W, C)
-        return x + self.out(h.transpose(1, 2).reshape(B, C, H, W))
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, 1, C, H * W).transpose(3, 4).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)         # (B, 1 head, H*W, C)
+        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
 
 
 class Block(nn.Module):
@@ -235,7 +237,7 @@ class UNet(nn.Module):
         half = width // 2
         self.register_buffer("frequencies", torch.exp(-math.log(1e4) * torch.arange(half) / half),
                              persistent=False)
-        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.time = nn.Sequential(nn.Linear(2 * half, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.label = nn.Embedding(classes + 1, c_emb)       # row 0 is NULL
         self.stem = nn.Conv2d(image_channels, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -346,7 +348,7 @@ def load_checkpoint(path, device="cpu"):
         config = checkpoint["config"]
         noise_schedule(config["schedule"], config["T"])
         to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
-        net = UNet(**config["net"]).to(device).eval()
+        net = UNet(**config["net"]).to(device, memory_format=torch.channels_last).eval()
         net.load_state_dict(checkpoint["ema"])
     except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
         reason = ("it holds more than tensors and plain values" if isinstance(
@@ -375,7 +377,8 @@ def train(settings, checkpoint, out, device):
     torch.manual_seed(settings["seed"])
     config = checkpoint["config"] if checkpoint else {
         "T": T, "schedule": SCHEDULE, "target": TARGET,
-        "net": {"image_channels": 1, "size": 28, "classes": len(CLASSES), "channels": CHANNELS,
+        "net": {"image_channels": 1, "size": 28, "classes": len(CLASSES),
+                "channels": [settings["width"] * c // CHANNELS[0] for c in CHANNELS],
                 "blocks": BLOCKS, "attention": ATTENTION, "dropout": DROPOUT}}
     alpha_bar = noise_schedule(config["schedule"], config["T"])
     a = alpha_bar.float().to(device)
@@ -383,7 +386,7 @@ def train(settings, checkpoint, out, device):
     ema = AveragedModel(net).eval()
     optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
-    step, seconds, history = 0, 0.0, []
+    step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()
     tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
     if checkpoint:
         net.load_state_dict(checkpoint["model"])
@@ -404,14 +407,14 @@ def train(settings, checkpoint, out, device):
     def progress():
         return min((time.monotonic() - started) / (60 * minutes) if minutes else step / steps, 1)
 
-    def log():
+    def log(done):
         total, count = tally.cpu()
         loss = (total.sum() / count.sum()).item()
         if not math.isfinite(loss):
             raise UserError(NOT_FINITE.format(step))
         history.append([step, time.monotonic() - started, loss, (total / count).tolist()])
         tally.zero_()
-        bar.total = int(step * B / progress())
+        bar.total = int(step * B / done)
         bar.set_postfix(loss=f"{loss:.4f}")
 
     def save():
@@ -436,7 +439,7 @@ def train(settings, checkpoint, out, device):
                                      normalize=True, value_range=(-1, 1))
 
     with tqdm(total=B * (steps or 0), initial=B * step, unit=" images", unit_scale=True) as bar:
-        while progress() < 1 and not stop:
+        while (done := progress()) < 1 and not stop:
             # Algorithm 1: draw images with their classes, noise levels and noise
             i = torch.randint(len(images), (B,), device=device)
             x_0 = images[i].float() / 127.5 - 1
@@ -452,7 +455,7 @@ def train(settings, checkpoint, out, device):
             optimizer.zero_grad()
             losses.mean().backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            cosine = 0.5 + 0.5 * math.cos(math.pi * progress())
+            cosine = 0.5 + 0.5 * math.cos(math.pi * done)
             for group in optimizer.param_groups:
                 group["lr"] = settings["lr"] * min((step + 1) / WARMUP, 1) * cosine
             optimizer.step()
@@ -464,13 +467,13 @@ def train(settings, checkpoint, out, device):
             step += 1
             bar.update(B)
             if step % LOG_EVERY == 0:
-                log()
-            if step % SAVE_EVERY == 0:
+                log(done)
+            if time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
+                saved_at = time.monotonic()
         if not stop and step % LOG_EVERY:
-            log()
-        if step == 0 or step % SAVE_EVERY:
-            save()
+            log(done)
+        save()
     here = os.path.relpath(out)
     if stop:
         print(f"stopped at step {step}, saved in {here}: --resume goes on from there")
@@ -535,6 +538,8 @@ def main():
     add("--minutes", type=number(float, 0.01, 10**6),
         help=f"train for this long, all legs of a resumed run together [{MINUTES}]")
     add("--batch-size", type=number(int, 1, 10**6), help=f"images a step [{BATCH_SIZE}]")
+    add("--width", type=number(int, 4, 4096),
+        help=f"channels at full resolution, the others in proportion [{CHANNELS[0]}]")
     add("--lr", type=number(float, 1e-8, 10), help=f"peak learning rate [{LR}]")
     add("--seed", type=number(int, 0, 2**63 - 1), help="seed of the whole run [0]")
     add("--data", help="folder with MNIST/raw in it; or the word embedded: the 5,000 digits of "
@@ -546,10 +551,9 @@ def main():
     args = parser.parse_args()
     device = pick_device(args.device)
     out = args.out or HERE / ("dry-run" if args.dry_run else "runs")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     path, checkpoint = out / "checkpoint.pt", None
     settings = {"steps": None, "minutes": MINUTES, "batch_size": BATCH_SIZE, "lr": LR, "seed": 0,
-                "data": None, "sample_steps": SAMPLE_STEPS}
+                "data": None, "width": CHANNELS[0], "sample_steps": SAMPLE_STEPS}
     if args.dry_run:
         settings |= {"steps": 5, "minutes": None, "batch_size": 8, "data": "embedded",
                      "sample_steps": 2}
@@ -565,6 +569,7 @@ def main():
         args.data = os.path.abspath(args.data)  # --resume may come from another folder
     settings |= {key: value for key, value in vars(args).items()
                  if key in settings and value is not None}
+    (out / "samples").mkdir(parents=True, exist_ok=True)
     if checkpoint is None and path.exists():
         kept = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
         path.rename(kept)

