@@ -20,12 +20,12 @@ import os
 import pickle
 import signal
 import sys
-import tarfile
 import tempfile
 import time
 import urllib.request
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -49,12 +49,11 @@ CHANNELS = (128, 256, 256, 256)  # one number a resolution: 32 x 32, 16 x 16, 8 
 BLOCKS = 2              # residual blocks a resolution on the way down; one more on the way up
 ATTENTION = (16,)       # resolutions whose blocks all have self-attention; the middle has it
 DROPOUT = 0.1
-PATCH = 1               # 2: the net sees 2 x 2 pixels as one of 12 channels, for a CPU
 LABEL_DROPOUT = 0.1     # share of training images whose class is hidden, for guidance
 STEPS = 200_000         # how long to train; --minutes gives a time instead
 BATCH_SIZE = 128
 LR = 2e-4               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
-WARMUP = 1000
+WARMUP = 500
 EMA_DECAY = 0.9999      # reached late: until then the EMA spans the last thirtieth of the run
 SAMPLE_STEPS = 50       # sampler: net evaluations an image, 1..T
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
@@ -91,9 +90,12 @@ def load_data(data=None, size=SIZE):
     is for a dry run. Raises UserError if the data is missing, damaged or empty.
     """
     if data == "made-up":
-        images = F.interpolate(torch.rand(100, 3, 4, 4), size, mode="bilinear") * 255
+        seeds = torch.rand(100, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        images = F.interpolate(seeds, size, mode="bilinear") * 255
         return images.byte(), torch.arange(100) % 2, ["odd", "even"], "100 made-up blots of colour"
     root = Path(data or HERE / "data")
+    if data is None and size != SIZE:
+        raise UserError(f"--size {size} is for pictures of your own: it needs --data FOLDER")
     if data is None and not (root / "cifar-10-batches-py").exists():
         download(root)
     if not (root / "cifar-10-batches-py").exists():
@@ -113,7 +115,7 @@ def load_data(data=None, size=SIZE):
 def load_folder(root, size):
     """Pictures of any kind and size, cropped to a centred square and resized to size x size."""
     try:
-        folder = torchvision.datasets.ImageFolder(root)
+        folder = torchvision.datasets.ImageFolder(root, allow_empty=True)
     except FileNotFoundError as error:
         raise UserError(f"{root} holds neither cifar-10-batches-py nor one sub-folder of pictures "
                         f"a class: {first_line(error)}") from error
@@ -123,18 +125,20 @@ def load_folder(root, size):
         try:
             with Image.open(path) as image:
                 image.draft("RGB", (2 * size, 2 * size))    # decodes a large JPEG at a fraction
-                square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
+                square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), (size, size))
+            white = Image.new("RGBA", square.size, "white")  # seen through what is transparent
+            images.append(pil_to_tensor(Image.alpha_composite(white, square).convert("RGB")))
+            labels.append(label)
         except Exception:  # PIL raises whatever a damaged file makes it raise
             skipped += 1
-            continue
-        images.append(pil_to_tensor(square))
-        labels.append(label)
     if skipped:
-        print(f"{skipped} of {len(folder.samples)} files in {root} could not be read: skipped")
+        say(f"{skipped} of {len(folder.samples)} files in {root} could not be read: skipped")
     if not images:
         raise UserError(f"not one picture in {root} could be read")
-    return (torch.stack(images), torch.tensor(labels), folder.classes,
-            f"{root.name}, {len(images):,} pictures in {len(folder.classes)} classes")
+    found, labels = torch.tensor(labels).unique(return_inverse=True)
+    classes = [folder.classes[label] for label in found]    # those with a picture in them
+    return (torch.stack(images), labels, classes,
+            f"{root.name}, {len(images):,} pictures in {len(classes)} classes")
 
 
 def download(root):
@@ -162,8 +166,7 @@ def download(root):
         raise UserError(f"CIFAR-10 could not be downloaded: put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, "
                         f"MD5 {ARCHIVE_MD5}) into {root}, or give pictures of your own by --data")
     with tempfile.TemporaryDirectory(dir=root) as temporary:
-        with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
+        extract_archive(archive, temporary)
         os.replace(Path(temporary) / "cifar-10-batches-py", root / "cifar-10-batches-py")
 
 
@@ -282,17 +285,15 @@ class UNet(nn.Module):
     returns (B, C, H, W). H and W are `size`, which each resolution but the last halves.
     """
 
-    def __init__(self, image_channels, size, classes, channels, blocks, attention, dropout,
-                 patch=1):
+    def __init__(self, image_channels, size, classes, channels, blocks, attention, dropout):
         super().__init__()
-        self.patch, size, c_image = patch, size // patch, image_channels * patch ** 2
         width, c_emb = channels[0], 4 * channels[0]
         half = width // 2
         self.register_buffer("frequencies", torch.exp(-math.log(1e4) * torch.arange(half) / half),
                              persistent=False)
         self.time = nn.Sequential(nn.Linear(2 * half, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.label = nn.Embedding(classes + 1, c_emb)       # row 0 is NULL
-        self.down = nn.ModuleList([nn.Conv2d(c_image, width, 3, padding=1)])
+        self.down = nn.ModuleList([nn.Conv2d(image_channels, width, 3, padding=1)])
         self.up = nn.ModuleList()
         c, kept = width, [width]                            # channels of what each layer down gives
         for level, c_out in enumerate(channels):
@@ -317,13 +318,13 @@ class UNet(nn.Module):
                 c = channels[level - 1]
                 size *= 2
         self.out = nn.Sequential(group_norm(width), nn.SiLU(),
-                                 zero_init(nn.Conv2d(width, c_image, 3, padding=1)))
+                                 zero_init(nn.Conv2d(width, image_channels, 3, padding=1)))
 
     def forward(self, x_t, t, y):
         angles = t[:, None] * self.frequencies              # DDPM, Appendix B
         emb = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         emb = F.silu(emb + self.label(y + 1))
-        h, skips = F.pixel_unshuffle(x_t, self.patch), []
+        h, skips = x_t, []
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, Block) else layer(h)
             skips.append(h)
@@ -334,7 +335,7 @@ class UNet(nn.Module):
                 h = layer(torch.cat([h, skips.pop()], dim=1), emb)
             else:
                 h = layer(h)
-        return F.pixel_shuffle(self.out(h), self.patch)
+        return self.out(h)
 
 
 # ---- Sampling: the reverse process -----------------------------------------------------------
@@ -443,11 +444,12 @@ def train(settings, checkpoint, out, device):
     """Algorithm 1 of DDPM; writes out/checkpoint.pt and out/samples/*.png. Returns the exit code.
 
     settings: steps or minutes, batch_size, accumulate, lr, seed, data, flip, compile, sample_steps,
-    and the net's size, patch, width, multipliers, blocks; checkpoint: to resume, or None. Raises
+    and the net's size, width, multipliers, blocks, dropout; checkpoint: to resume, or None. Raises
     UserError if the loss is no longer finite or another process has ended.
     """
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=3))  # a download may take long
         signal.signal(signal.SIGTERM, another_ended)  # torchrun's, when a process is gone
         if RANK > 0:
             dist.barrier()  # the first process downloads, the others find it done
@@ -464,12 +466,19 @@ def train(settings, checkpoint, out, device):
         "T": T, "schedule": SCHEDULE, "target": TARGET,
         "net": {"image_channels": 3, "size": settings["size"], "classes": len(classes),
                 "channels": [settings["width"] * m for m in settings["multipliers"]],
-                "blocks": settings["blocks"], "attention": ATTENTION, "dropout": DROPOUT,
-                "patch": settings["patch"]}}
+                "blocks": settings["blocks"], "attention": ATTENTION,
+                "dropout": settings["dropout"]}}
     alpha_bar = noise_schedule(config["schedule"], config["T"])
     a = alpha_bar.float().to(device)
     net = UNet(**config["net"]).to(device, memory_format=torch.channels_last)
     ema = AveragedModel(net).eval()
+    fast = net                              # the same parameters, called in a faster way
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves to float32
+        if settings["compile"]:
+            shape = settings["batch_size"], 3, settings["size"], settings["size"]
+            ones = torch.ones(shape[0], dtype=torch.int64, device=device)
+            fast = compiled(net, torch.zeros(shape, device=device), ones, 0 * ones)
     optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()
@@ -489,13 +498,6 @@ def train(settings, checkpoint, out, device):
     say(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}\n"
         f"a step: {B} images x accumulate {settings['accumulate']} x {WORLD} processes "
         f"= {N * WORLD} images")
-    fast = net                              # the same parameters, called in a faster way
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves to float32
-        if settings["compile"]:
-            shape = B, 3, settings["size"], settings["size"]
-            ones = torch.ones(B, dtype=torch.int64, device=device)
-            fast = compiled(net, torch.zeros(shape, device=device), ones, 0 * ones)
     if WORLD > 1:
         fast = DistributedDataParallel(fast)
     if RANK > 0:  # its own draws
@@ -533,7 +535,7 @@ def train(settings, checkpoint, out, device):
             raise UserError(NOT_FINITE.format(step))
         history.append([step, time.monotonic() - started, loss, (total / count).tolist()])
         tally.zero_()
-        bar.total = int(step * N * WORLD / done)
+        bar.total = int(step * N * WORLD / done) if done else None
         bar.set_postfix(loss=f"{loss:.4f}")
 
     def save():
@@ -606,9 +608,12 @@ def train(settings, checkpoint, out, device):
                 save()
                 saved_at = time.monotonic()
     if RANK == 0:
-        if not stopped and step % LOG_EVERY:
+        if not stopped and tally[1].any():
             log(done)
         save()
+    if WORLD > 1:
+        dist.barrier()  # the first process has saved
+        dist.destroy_process_group()
     here = os.path.relpath(out)
     if stopped:
         say(f"stopped at step {step}, saved in {here}: --resume goes on from there")
@@ -649,8 +654,11 @@ def pick_device(name):
     if not there[name]:
         raise UserError(f"--device {name}: this machine or this torch has none; try --device cpu")
     if name == "cuda" and WORLD > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        return torch.device("cuda", torch.cuda.current_device())
+        index = int(os.environ["LOCAL_RANK"])
+        if index >= torch.cuda.device_count():
+            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, one a process")
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
     return torch.device(name)
 
 
@@ -672,7 +680,7 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+        if "out of memory" in str(error) or "allocat" in str(error):
             print("error: out of memory: lower --batch-size, with --accumulate a step sees as many "
                   "images as before; or take a smaller --width", file=sys.stderr)
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -687,10 +695,10 @@ def run(main):
 def main():
     multipliers = [c // CHANNELS[0] for c in CHANNELS]
     parser = Parser(description="Train a denoising diffusion model on CIFAR-10.")
-    add = parser.add_argument
-    add("--steps", type=number(int, 1, 10**8),
+    add, length = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    length("--steps", type=number(int, 1, 10**8),
         help=f"optimizer steps: the same seed, the same result [{STEPS}]")
-    add("--minutes", type=number(float, 0.01, 10**6),
+    length("--minutes", type=number(float, 0.01, 10**6),
         help="train for this long instead, all legs of a resumed run together")
     add("--batch-size", type=number(int, 1, 10**6), help=f"images at a time [{BATCH_SIZE}]")
     add("--accumulate", type=number(int, 1, 10**6),
@@ -700,8 +708,8 @@ def main():
         help="channels of each resolution as multiples of the width "
              f"[{' '.join(map(str, multipliers))}]")
     add("--blocks", type=number(int, 1, 64), help=f"residual blocks a resolution [{BLOCKS}]")
-    add("--patch", type=number(int, 1, 64),
-        help=f"pixels a side that the net sees as one: 2 is faster, less sharp [{PATCH}]")
+    add("--dropout", type=number(float, 0, 0.9),
+        help=f"share of a block's numbers set to zero in training [{DROPOUT}]")
     add("--size", type=number(int, 4, 1024), help=f"pixels a side of --data's pictures [{SIZE}]")
     add("--lr", type=number(float, 1e-8, 10), help=f"peak learning rate [{LR}]")
     add("--seed", type=number(int, 0, 2**62), help="seed of the whole run [0]")
@@ -722,30 +730,30 @@ def main():
     path, checkpoint = out / "checkpoint.pt", None
     settings = {"steps": STEPS, "minutes": None, "batch_size": BATCH_SIZE, "accumulate": 1,
                 "width": CHANNELS[0], "multipliers": multipliers, "blocks": BLOCKS, "size": SIZE,
-                "patch": PATCH, "lr": LR, "seed": 0, "data": None, "flip": True, "compile": True,
+                "dropout": DROPOUT, "lr": LR, "seed": 0, "data": None, "flip": True, "compile": True,
                 "sample_steps": SAMPLE_STEPS}
     if args.dry_run:
         settings |= {"steps": 5, "batch_size": 4, "data": "made-up", "width": 8, "blocks": 1,
-                     "sample_steps": 2}
+                     "compile": False, "sample_steps": 2}
     if args.resume:
         checkpoint, _ = load_checkpoint(path, device)
         if "optimizer" not in checkpoint:
             raise UserError(f"{path} holds a net to sample from, not a run to resume")
         settings = checkpoint["settings"]
-        for name in ("width", "multipliers", "blocks", "size", "patch"):
+        for name in ("width", "multipliers", "blocks", "dropout", "size"):
             if vars(args)[name] not in (None, settings[name]):
                 raise UserError(f"--resume keeps the checkpoint's net: --{name} cannot change it")
-        print(f"resuming {path} at step {checkpoint['step']}: {settings}")
+        say(f"resuming {path} at step {checkpoint['step']}: {settings}")
     if args.steps or args.minutes:
         settings |= {"steps": None, "minutes": None}
     if args.data and args.data != "made-up":
         args.data = os.path.abspath(args.data)  # --resume may come from another folder
     settings |= {key: value for key, value in vars(args).items()
                  if key in settings and value is not None}
-    halvings = settings["patch"] * 2 ** (len(settings["multipliers"]) - 1)
+    halvings = 2 ** (len(settings["multipliers"]) - 1)
     if settings["size"] % halvings:
-        raise UserError(f"--size {settings['size']} must be a multiple of {halvings}: the patch, "
-                        "doubled for each resolution after the first")
+        raise UserError(f"--size {settings['size']} must be a multiple of {halvings}: the net "
+                        "halves it for each resolution after the first")
     (out / "samples").mkdir(parents=True, exist_ok=True)
     if checkpoint is None and path.exists() and RANK == 0:
         kept = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")

@@ -414,7 +414,7 @@ def train(settings, checkpoint, out, device):
             raise UserError(NOT_FINITE.format(step))
         history.append([step, time.monotonic() - started, loss, (total / count).tolist()])
         tally.zero_()
-        bar.total = int(step * B / done)
+        bar.total = int(step * B / done) if done else None
         bar.set_postfix(loss=f"{loss:.4f}")
 
     def save():
@@ -471,7 +471,7 @@ def train(settings, checkpoint, out, device):
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
                 saved_at = time.monotonic()
-        if not stop and step % LOG_EVERY:
+        if not stop and tally[1].any():
             log(done)
         save()
     here = os.path.relpath(out)
@@ -532,10 +532,10 @@ def run(main):
 
 def main():
     parser = Parser(description="Train a denoising diffusion model on MNIST.")
-    add = parser.add_argument
-    add("--steps", type=number(int, 1, 10**8),
+    add, length = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    length("--steps", type=number(int, 1, 10**8),
         help="train for this many optimizer steps instead: the same seed, the same result")
-    add("--minutes", type=number(float, 0.01, 10**6),
+    length("--minutes", type=number(float, 0.01, 10**6),
         help=f"train for this long, all legs of a resumed run together [{MINUTES}]")
     add("--batch-size", type=number(int, 1, 10**6), help=f"images a step [{BATCH_SIZE}]")
     add("--width", type=number(int, 4, 4096),

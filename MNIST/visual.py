@@ -36,7 +36,8 @@ class Model:
             raise UserError(f"--label {label}: the classes are {', '.join(self.classes)}")
         if steps > config["T"]:
             raise UserError(f"--steps {steps}: this checkpoint has {config['T']} noise levels")
-        self.device, self.label, self.seed, self.data = device, label, seed, data
+        self.device, self.label, self.seed = device, label, seed
+        self.data = data or self.checkpoint.get("settings", {}).get("data")
         self.steps, self.eta, self.guidance = steps, eta, guidance
         self.alpha_bar = noise_schedule(config["schedule"], config["T"])
         self.target = config["target"]
@@ -266,7 +267,7 @@ def main():
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of the noise [0]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--checkpoint", type=Path, help="[the newest in runs/, else pretrained.pt]")
-    add("--data", help="as main.py's; forward and neighbours show real digits")
+    add("--data", help="as main.py's, for forward and neighbours [what the net was trained on]")
     add("--out", type=Path, default=HERE / "figures", help="folder for the figures [figures/ here]")
     add("--show", action="store_true", help="open a window for each figure too")
     add("--export", type=Path, metavar="FILE.npz",
