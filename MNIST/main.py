@@ -42,14 +42,14 @@ BLOCKS = 1              # residual blocks a resolution, on the way down and on t
 ATTENTION = ()          # resolutions whose blocks all have self-attention; the middle has it
 DROPOUT = 0.0
 LABEL_DROPOUT = 0.1     # share of training images whose class is hidden, for guidance
-MINUTES = 5             # how long to train, on any machine; --steps makes a run repeatable
+MINUTES = 5.5           # how long to train, on any machine; --steps makes a run repeatable
 BATCH_SIZE = 16
 LR = 4e-3               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
 WARMUP = 100
 EMA_DECAY = 0.9999      # reached late: until then the EMA spans the last thirtieth of the run
 SAMPLE_STEPS = 20       # sampler: net evaluations an image, 1..T
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
-GUIDANCE = 0.3          # w of classifier-free guidance; 0 is off
+GUIDANCE = 0.25         # w of classifier-free guidance; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 30       # between two checkpoints, each with a grid of samples
 

@@ -129,10 +129,12 @@ def test_it_says_what_the_whole_run_will_take(tmp_path):
 
 
 # ---- the network and the step ----
-def test_default_net_is_ddpms(monkeypatch):
+def test_default_net_is_ddpms():
     main, sizes = load("CIFAR10"), []
     net = main.UNet(3, main.SIZE, 10, main.CHANNELS, main.BLOCKS, main.ATTENTION, main.DROPOUT)
     assert main.CHANNELS == (128, 256, 256, 256) and main.BLOCKS == 2
+    parameters = f"{sum(p.numel() for p in net.parameters()):,}"
+    assert parameters == "35,215,235" and parameters in (ROOT / "README.md").read_text()
     for module in net.modules():
         if isinstance(module, main.Attention):
             module.register_forward_hook(lambda _, x, output: sizes.append(x[0].shape[-1]))

@@ -1,6 +1,7 @@
 """README and repository agree."""
 import re
 
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -14,14 +15,40 @@ def test_the_two_commands_are_in_the_readme_and_ci_runs_the_second():
 
 
 def test_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", README):
-        target = link[0] or link[1]
-        if not target.startswith("http"):
+    headings = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                for heading in re.findall(r"^#+ (.*)$", README, re.M)}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http"):
             assert (ROOT / target).exists(), target
 
 
-def test_flags_exist():
-    scripts = "".join(path.read_text() for path in ROOT.glob("[A-Z]*/*.py"))
-    for line in re.findall(r"python [A-Z0-9]+/\w+\.py[^\n`]*", README):
-        for flag in set(re.findall(r"--[a-z-]+", line)) - {"--help"}:
-            assert f'"{flag}"' in scripts, flag
+def test_pictures_are_described_and_fit_a_page():
+    for text, target in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", README):
+        assert len(text) > 20, target
+        assert (ROOT / target).stat().st_size < (2e6 if target.endswith("gif") else 5e5), target
+
+
+@pytest.mark.parametrize("script", ["MNIST/main.py", "MNIST/visual.py", "CIFAR10/main.py",
+                                    "CIFAR10/visual.py"])
+def test_flags_exist(script):
+    code = (ROOT / script).read_text()
+    commands = re.findall(rf"{script}([^\n`|]*)", README)
+    assert commands
+    for command in commands:
+        for flag in set(re.findall(r"--[a-z][a-z0-9-]*", command)) - {"--help"}:
+            assert f'"{flag}"' in code, (script, flag)
+
+
+def test_the_map_of_the_code_is_right():
+    """Every function that section 6 names is in both folders."""
+    section = README.split("## 6. Read the code")[1].split("\n## ")[0]
+    names = {name for row in re.findall(r"^\|.*\|$", section, re.M)
+             for name in re.findall(r"`(\w+)`", row)}
+    assert {"noise_schedule", "q_sample", "UNet", "sample", "train", "neighbours"} <= names
+    for folder in ("MNIST", "CIFAR10"):
+        code = "".join((ROOT / folder / file).read_text() for file in ("main.py", "visual.py"))
+        for name in names:
+            assert re.search(rf"^(def|class) {name}\b", code, re.M), name
+
