@@ -1,4 +1,4 @@
-"""Draw every picture of the README anew, from the newest checkpoints or the shipped weights.
+"""Draw every picture of the README anew, from the shipped weights, else the newest checkpoints.
 
     python pics/make.py --mnist FOLDER --cifar10 FOLDER     where the real images are (--data)
 
@@ -26,7 +26,8 @@ def model_of(folder, data):
     sys.path.insert(0, str(PICS.parent / folder))
     visual = importlib.import_module("visual")
     sys.path.pop(0)
-    path = visual.newest_checkpoint()
+    path = PICS.parent / folder / "pretrained.pt"
+    path = path if path.exists() else visual.newest_checkpoint()
     return visual, visual.Model(path, torch.device("cpu"), None, visual.SAMPLE_STEPS, visual.ETA,
                                 visual.GUIDANCE, 0, data)
 

@@ -1,7 +1,7 @@
 """How good are generated digits? A small classifier, trained here on real ones, judges them.
 
     python MNIST/visual.py --export digits.npz --n 5000
-    python tests/judge.py digits.npz                about two minutes on two CPU cores
+    python tests/judge.py digits.npz        a few minutes on two CPU cores
 
 Prints the share of the images that it recognises as the class asked for, and the Frechet distance
 of its 64 features between these images and the test digits (0 for equal distributions; it falls
@@ -68,21 +68,22 @@ def measure(judge, images, labels, real):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("file", help="what `visual.py --export` wrote")
+    parser.add_argument("files", nargs="+", help="what `visual.py --export` wrote")
     parser.add_argument("--data", default=ROOT / "MNIST/data", help="folder with MNIST/raw in it")
     args = parser.parse_args()
-    made = np.load(args.file)
-    images, labels = torch.from_numpy(made["images"])[:, None], torch.from_numpy(made["labels"])
     real, real_labels, _ = load("MNIST").load_data(args.data)
     test = torchvision.datasets.MNIST(args.data, train=False)
     judge = train(real, real_labels)
     accuracy, features, _ = measure(judge, test.data[:, None], test.targets, None)
     print(f"real test digits: accuracy {accuracy:.4f}")
-    n = len(images)
-    for name, x, y in ((f"{n} real training digits", real[-n:], real_labels[-n:]),
-                       (f"{n} generated digits", images, labels)):
-        accuracy, _, distance = measure(judge, x, y, features)
-        print(f"{name}: accuracy {accuracy:.4f}, Frechet distance {distance:.3f}")
+    for file in args.files:
+        made = np.load(file)
+        images, labels = torch.from_numpy(made["images"])[:, None], torch.from_numpy(made["labels"])
+        n = len(images)
+        for name, x, y in ((f"{n} real training digits", real[-n:], real_labels[-n:]),
+                           (file, images, labels)):
+            accuracy, _, distance = measure(judge, x, y, features)
+            print(f"{name}: accuracy {accuracy:.4f}, Frechet distance {distance:.3f}")
 
 
 if __name__ == "__main__":
