@@ -41,6 +41,13 @@ def test_flags_exist(script):
             assert f'"{flag}"' in code, (script, flag)
 
 
+def test_every_flag_is_one_of_some_script():
+    code = "".join(path.read_text() for path in ROOT.glob("*/*.py"))
+    others = {"--help", "--index-url", "--nproc-per-node"}  # argparse's, pip's, torchrun's
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README)) - others:
+        assert f'"{flag}"' in code, flag
+
+
 def test_the_map_of_the_code_is_right():
     """Every function that section 6 names is in both folders."""
     section = README.split("## 6. Read the code")[1].split("\n## ")[0]
