@@ -96,19 +96,17 @@ def load_data(data=None, size=SIZE):
         images = F.interpolate(seeds, size, mode="bilinear") * 255
         return images.byte(), torch.arange(100) % 2, ["odd", "even"], "100 made-up blots of colour"
     root = Path(data or HERE / "data")
-    if data is None and size != SIZE:
-        raise UserError(f"--size {size} is for pictures of your own: it needs --data FOLDER")
-    if data is None and not (root / "cifar-10-batches-py").exists():
-        download(root)
-    if not (root / "cifar-10-batches-py").exists():
+    if data is not None and not (root / "cifar-10-batches-py").exists():
         return load_folder(root, size)
+    if size != SIZE:
+        raise UserError(f"--size {size} is for pictures of your own: CIFAR-10's are {SIZE} x {SIZE}")
+    if not (root / "cifar-10-batches-py").exists():
+        download(root)
     try:
         cifar = torchvision.datasets.CIFAR10(root, train=True)
     except Exception as error:  # torchvision's reader raises whatever a damaged file makes it raise
         raise UserError(f"no whole CIFAR-10 in {root / 'cifar-10-batches-py'}: "
                         f"{first_line(error)}") from error
-    if size != SIZE:
-        raise UserError(f"--size {size}: CIFAR-10's pictures are {SIZE} x {SIZE}")
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
     return (images, torch.tensor(cifar.targets), cifar.classes,
             f"CIFAR-10, {len(images):,} training pictures")
@@ -479,8 +477,8 @@ def train(settings, checkpoint, out, device):
         torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves to float32
         if settings["compile"]:
             shape = settings["batch_size"], 3, settings["size"], settings["size"]
-            ones = torch.ones(shape[0], dtype=torch.int64, device=device)
-            fast = compiled(net, torch.zeros(shape, device=device), ones, 0 * ones)
+            zeros = torch.zeros(shape[0], dtype=torch.int64, device=device)
+            fast = compiled(net, torch.zeros(shape, device=device), zeros, zeros)
     optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()

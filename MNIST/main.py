@@ -399,9 +399,8 @@ def train(settings, checkpoint, out, device):
         torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
         if device.type != "cpu" and device.type in checkpoint["rng"]:
             torch.get_device_module(device).set_rng_state(checkpoint["rng"][device.type].cpu())
-    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
-
     steps, minutes, B = settings["steps"], settings["minutes"], settings["batch_size"]
+    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
     started, stop = time.monotonic() - seconds, []
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
 
@@ -447,14 +446,17 @@ def train(settings, checkpoint, out, device):
             y = torch.where(torch.rand(B, device=device) < LABEL_DROPOUT, NULL, labels[i])
             t = torch.randint(config["T"], (B,), device=device)
             eps = torch.randn_like(x_0)
+            x_t = q_sample(x_0, t, eps, a)
+            goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
+            optimizer.zero_grad()
             # predict
             with autocast(device):
-                output = net(q_sample(x_0, t, eps, a), t, y)
-            goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
+                output = net(x_t, t, y)
             losses = (output.float() - goal).square().mean(dim=(1, 2, 3))  # (B,), DDPM Eq. 14
             # descend
-            optimizer.zero_grad()
             losses.mean().backward()
+            tally.index_add_(1, t * BINS // config["T"],
+                             torch.stack([losses.detach(), torch.ones_like(losses)]))
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             cosine = 0.5 + 0.5 * math.cos(math.pi * done)
             for group in optimizer.param_groups:
@@ -463,8 +465,6 @@ def train(settings, checkpoint, out, device):
             # average: the EMA's memory grows with the run, up to EMA_DECAY
             ema.multi_avg_fn = get_ema_multi_avg_fn(min((1 + step) / (30 + step), EMA_DECAY))
             ema.update_parameters(net)
-            tally.index_add_(1, t * BINS // config["T"],
-                             torch.stack([losses.detach(), torch.ones_like(losses)]))
             step += 1
             bar.update(B)
             if step % LOG_EVERY == 0:
@@ -542,7 +542,7 @@ def main():
     add("--width", type=number(int, 4, 4096),
         help=f"channels at full resolution, the others in proportion [{CHANNELS[0]}]")
     add("--lr", type=number(float, 1e-8, 10), help=f"peak learning rate [{LR}]")
-    add("--seed", type=number(int, 0, 2**63 - 1), help="seed of the whole run [0]")
+    add("--seed", type=number(int, 0, 2**62), help="seed of the whole run [0]")
     add("--data", help="folder with MNIST/raw in it; or the word embedded: the 5,000 digits of "
                        "digits.png, no network [the folder data/ here, downloaded once]")
     add("--out", type=Path, help="folder for checkpoint.pt and samples/ [the folder runs/ here]")

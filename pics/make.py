@@ -93,8 +93,8 @@ def demo(models, rows=2):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--mnist", default=None)
-    parser.add_argument("--cifar10", default=None)
+    parser.add_argument("--mnist", help="as --data of MNIST/visual.py")
+    parser.add_argument("--cifar10", help="as --data of CIFAR10/visual.py")
     args = parser.parse_args()
     models = []
     for folder, data in (("MNIST", args.mnist), ("CIFAR10", args.cifar10)):
