@@ -99,7 +99,7 @@ def load_data(data=None, size=SIZE):
     if data is not None and not (root / "cifar-10-batches-py").exists():
         return load_folder(root, size)
     if size != SIZE:
-        raise UserError(f"--size {size} is for pictures of your own: CIFAR-10's are {SIZE} x {SIZE}")
+        raise UserError(f"--size {size} is for your own pictures: CIFAR-10's are {SIZE} x {SIZE}")
     if not (root / "cifar-10-batches-py").exists():
         download(root)
     try:
