@@ -1,6 +1,6 @@
 """Denoising diffusion on CIFAR-10, from scratch: noise schedule, UNet, training loop, sampler.
 
-    python main.py                  train DDPM's net: for a GPU; on a CPU it says how many days
+    python main.py                  a net of DDPM's size: for a GPU; on a CPU it says how many days
     python main.py --data FOLDER    your own pictures, one sub-folder a class
     torchrun --nproc-per-node=2 main.py         two GPUs; --help says the rest
     python visual.py                watch pictures come out of noise
@@ -54,8 +54,8 @@ STEPS = 200_000         # how long to train; --minutes gives a time instead
 BATCH_SIZE = 128
 LR = 2e-4               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
 WARMUP = 500
-EMA_DECAY = 0.9999      # reached late: until then the EMA spans the last thirtieth of the run
-SAMPLE_STEPS = 50       # sampler: net evaluations an image, 1..T
+EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last thirtieth of the run
+SAMPLE_STEPS = 50       # sampler: noise levels visited, 1..T; guidance asks the net twice at each
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
 GUIDANCE = 1.0          # w of classifier-free guidance; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
@@ -342,7 +342,7 @@ class UNet(nn.Module):
 @torch.no_grad()
 def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, guidance=GUIDANCE,
            generator=None):
-    """Walk from noise x_T (B, C, H, W) to images of the classes y (B,), one yield a net evaluation.
+    """Walk from noise x_T (B, C, H, W) to images of the classes y (B,), one yield a level.
 
     Yields (t, x_t, x0_hat) for each visited t, from T-1 down, and last (-1, x_0, x_0).
     net: called as net(x_t, t, y). alpha_bar: float64 (T,). steps: 1..T levels, evenly spaced.

@@ -47,8 +47,8 @@ MINUTES = 5.5           # how long to train, on any machine; --steps makes a run
 BATCH_SIZE = 16
 LR = 4e-3               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
 WARMUP = 100
-EMA_DECAY = 0.9999      # reached late: until then the EMA spans the last thirtieth of the run
-SAMPLE_STEPS = 20       # sampler: net evaluations an image, 1..T
+EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last thirtieth of the run
+SAMPLE_STEPS = 20       # sampler: noise levels visited, 1..T; guidance asks the net twice at each
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
 GUIDANCE = 0.25         # w of classifier-free guidance; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
@@ -288,7 +288,7 @@ class UNet(nn.Module):
 @torch.no_grad()
 def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, guidance=GUIDANCE,
            generator=None):
-    """Walk from noise x_T (B, C, H, W) to images of the classes y (B,), one yield a net evaluation.
+    """Walk from noise x_T (B, C, H, W) to images of the classes y (B,), one yield a level.
 
     Yields (t, x_t, x0_hat) for each visited t, from T-1 down, and last (-1, x_0, x_0).
     net: called as net(x_t, t, y). alpha_bar: float64 (T,). steps: 1..T levels, evenly spaced.
@@ -563,6 +563,8 @@ def main():
         if "optimizer" not in checkpoint:
             raise UserError(f"{path} holds a net to sample from, not a run to resume")
         settings = checkpoint["settings"]
+        if args.width not in (None, settings["width"]):
+            raise UserError("--resume keeps the checkpoint's net: --width cannot change it")
         print(f"resuming {path} at step {checkpoint['step']}: {settings}")
     if args.steps or args.minutes:
         settings |= {"steps": None, "minutes": None}

@@ -89,6 +89,18 @@ def test_export_and_the_names_of_the_classes(dry, tmp_path):
                  "few, many")
 
 
+def test_shipped_weights_draw_pictures_not_noise(tmp_path):
+    """pretrained.pt: neighbouring pixels are alike, as in pictures, and no two pictures are."""
+    process = run(VISUAL, "--checkpoint", "CIFAR10/pretrained.pt", "--export", tmp_path / "x.npz",
+                  "--n", 10)
+    assert process.returncode == 0, process.stderr
+    made = torch.from_numpy(np.load(tmp_path / "x.npz")["images"]).float()
+    for a, b in ((made[:, 1:], made[:, :-1]), (made[:, :, 1:], made[:, :, :-1])):
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1] > 0.8  # noise: 0
+    assert torch.pdist(made.flatten(1)).min() > 500  # two greys that differ by 9: 500
+    assert (ROOT / "CIFAR10/pretrained.pt").stat().st_size <= 24e6
+
+
 def test_without_a_network_a_dry_run_needs_no_data(tmp_path):
     process = trial(tmp_path, "--dry-run")
     assert process.returncode == 0, process.stderr

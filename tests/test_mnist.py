@@ -175,6 +175,10 @@ def test_minutes_are_kept_and_an_old_checkpoint_too(tmp_path):
     assert len(list(tmp_path.glob("checkpoint*.pt"))) == 2
 
 
+def test_resume_keeps_the_net(dry):
+    assert fails(call(MAIN, "--resume", "--width", 8, "--out", dry), "--width")
+
+
 # ---- data ----
 def write_idx(folder, images, labels, name="train"):
     folder.mkdir(parents=True, exist_ok=True)
