@@ -57,7 +57,7 @@ WARMUP = 500
 EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last thirtieth of the run
 SAMPLE_STEPS = 50       # sampler: noise levels visited, 1..T; guidance asks the net twice at each
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
-GUIDANCE = 1.0          # w of classifier-free guidance; 0 is off
+GUIDANCE = 1.5          # w of classifier-free guidance; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 300      # between two checkpoints, each with a grid of samples
 
@@ -71,7 +71,7 @@ ARCHIVE, ARCHIVE_SIZE, ARCHIVE_MD5 = ("cifar-10-python.tar.gz", 170_498_071,
                                       torchvision.datasets.CIFAR10.tgz_md5)
 OTHER_ENDED = "another process of the run has ended: --resume goes on from the last checkpoint"
 SMALL = ("--width 32 --multipliers 1 2 4 4 --blocks 1 --dropout 0 --batch-size 32 --lr 2e-3 "
-         "--minutes 240")
+         "--steps 14500")
 PATIENCE = 30           # seconds: a mirror must answer, and each further MiB arrive, within them
 NULL = -1               # the label that says "any class"
 BINS = 20               # bins of the loss by timestep
