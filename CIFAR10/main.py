@@ -19,10 +19,10 @@ import math
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import time
-import urllib.request
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
@@ -72,7 +72,7 @@ ARCHIVE, ARCHIVE_SIZE, ARCHIVE_MD5 = ("cifar-10-python.tar.gz", 170_498_071,
 OTHER_ENDED = "another process of the run has ended: --resume goes on from the last checkpoint"
 SMALL = ("--width 32 --multipliers 1 2 4 4 --blocks 1 --dropout 0 --batch-size 32 --lr 2e-3 "
          "--steps 14500")
-PATIENCE = 30           # seconds: a mirror must answer, and each further MiB arrive, within them
+PATIENCE = 30           # seconds that a mirror may be silent
 NULL = -1               # the label that says "any class"
 BINS = 20               # bins of the loss by timestep
 NOT_FINITE = "the loss is not finite at step {}: lower --lr; the checkpoint before it is untouched"
@@ -147,42 +147,25 @@ def download(root):
     An archive that lies there already is used. Raises UserError if no mirror delivers.
     """
     root.mkdir(parents=True, exist_ok=True)
-    archive, part = root / ARCHIVE, root / (ARCHIVE + ".part")
+    socket.setdefaulttimeout(PATIENCE)
+    archive = root / ARCHIVE
     for url in MIRRORS:
         if check_integrity(archive, ARCHIVE_MD5):
             break
         print(f"downloading {url}")
         try:
-            fetch(url, part)
+            torch.hub.download_url_to_file(url, archive)
+            if not check_integrity(archive, ARCHIVE_MD5):
+                raise ValueError(f"{archive.stat().st_size:,} bytes came, and not the right ones")
         except (OSError, ValueError, http.client.HTTPException) as error:
             print(f"  failed: {first_line(error)}")
-            continue
-        if check_integrity(part, ARCHIVE_MD5):
-            os.replace(part, archive)
-        else:
-            print(f"  failed: {part.stat().st_size:,} bytes came, and not the right ones (MD5)")
-    part.unlink(missing_ok=True)
     if not check_integrity(archive, ARCHIVE_MD5):
+        archive.unlink(missing_ok=True)
         raise UserError(f"CIFAR-10 could not be downloaded: put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, "
                         f"MD5 {ARCHIVE_MD5}) into {root}, or give pictures of your own by --data")
-    with tempfile.TemporaryDirectory(dir=root) as temporary:
-        extract_archive(archive, temporary)
-        os.replace(Path(temporary) / "cifar-10-batches-py", root / "cifar-10-batches-py")
-
-
-def fetch(url, path):
-    """Write what url holds to path. Raises OSError if it fails or PATIENCE is exceeded."""
-    with urllib.request.urlopen(url, timeout=PATIENCE) as response, open(path, "wb") as file:
-        size = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=size or None, unit="B", unit_scale=True, leave=False) as bar:
-            deadline = time.monotonic() + PATIENCE
-            while data := response.read1(2**16):
-                if (file.tell() + len(data)) >> 20 > file.tell() >> 20:  # another MiB is here
-                    deadline = time.monotonic() + PATIENCE
-                elif time.monotonic() > deadline:
-                    raise TimeoutError(f"less than 1 MiB in {PATIENCE} seconds")
-                file.write(data)
-                bar.update(len(data))
+    with tempfile.TemporaryDirectory(dir=root) as part:
+        extract_archive(archive, part)
+        os.replace(Path(part) / "cifar-10-batches-py", root / "cifar-10-batches-py")
 
 
 # ---- The idea: noise can be added in one step ------------------------------------------------
@@ -253,9 +236,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, 1, C, H * W).transpose(3, 4).unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v)         # (B, 1 head, H*W, C)
-        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
+        weights = (q.transpose(1, 2) @ k / C ** 0.5).softmax(-1)    # (B, H*W, H*W)
+        h = v @ weights.transpose(1, 2)                     # (B, C, H*W)
+        return x + self.out(h.reshape(B, C, H, W))
 
 
 class Block(nn.Module):
@@ -407,6 +391,10 @@ def load_checkpoint(path, device="cpu"):
         to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
         net = UNet(**config["net"]).to(device, memory_format=layout(device)).eval()
         net.load_state_dict(checkpoint["ema"])
+        if missing := {"classes", "data", "history", "step"} - checkpoint.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise ValueError("its weights are not finite")
     except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
         reason = ("it holds more than tensors and plain values" if isinstance(
             error, pickle.UnpicklingError) else first_line(error))
@@ -450,8 +438,9 @@ def train(settings, checkpoint, out, device):
     """Algorithm 1 of DDPM; writes out/checkpoint.pt and out/samples/*.png. Returns the exit code.
 
     settings: steps or minutes, batch_size, accumulate, lr, seed, data, flip, compile, sample_steps,
-    and the net's size, width, multipliers, blocks, dropout; checkpoint: to resume, or None. Raises
-    UserError if the loss is no longer finite or another process has ended.
+    and the net's size, width, multipliers, blocks, dropout; checkpoint: a run to resume, or config,
+    classes and ema alone to begin with, or None. Raises UserError if the loss is no longer finite
+    or another process has ended.
     """
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -466,7 +455,8 @@ def train(settings, checkpoint, out, device):
     if len(images) == 0:
         raise UserError(f"there are fewer pictures than processes ({WORLD})")
     torch.manual_seed(settings["seed"])
-    if checkpoint and checkpoint["classes"] != classes:
+    resumed = checkpoint is not None and "optimizer" in checkpoint
+    if resumed and checkpoint["classes"] != classes:
         raise UserError("the checkpoint was trained on other classes than those of the data")
     config = checkpoint["config"] if checkpoint else {
         "T": T, "schedule": SCHEDULE, "target": TARGET,
@@ -476,7 +466,13 @@ def train(settings, checkpoint, out, device):
                 "dropout": settings["dropout"]}}
     alpha_bar = noise_schedule(config["schedule"], config["T"])
     a = alpha_bar.float().to(device)
+    config["net"]["classes"] = len(classes)
     net = UNet(**config["net"]).to(device, memory_format=layout(device))
+    if checkpoint:
+        weights = checkpoint["model" if resumed else "ema"]
+        if checkpoint["classes"] != classes:    # the new ones learn their rows from scratch
+            weights = {key: value for key, value in weights.items() if key != "label.weight"}
+        net.load_state_dict(weights, strict=False)
     ema = AveragedModel(net).eval()
     fast = net                              # the same parameters, called in a faster way
     if device.type == "cuda":
@@ -489,8 +485,7 @@ def train(settings, checkpoint, out, device):
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()
     tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
-    if checkpoint:
-        net.load_state_dict(checkpoint["model"])
+    if resumed:
         ema.module.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
@@ -700,7 +695,8 @@ def run(main):
 def main():
     multipliers = [c // CHANNELS[0] for c in CHANNELS]
     parser = Parser(description="Train a denoising diffusion model on CIFAR-10.")
-    add, length = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add, length, start = (group.add_argument for group in (
+        parser, parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()))
     length("--steps", type=number(int, 1, 10**8),
         help=f"optimizer steps: the same seed, the same result [{STEPS}]")
     length("--minutes", type=number(float, 0.01, 10**6),
@@ -725,7 +721,8 @@ def main():
     add("--no-compile", dest="compile", action="store_false", default=None,
         help="no torch.compile, which CUDA gets by default")
     add("--out", type=Path, help="folder for checkpoint.pt and samples/ [the folder runs/ here]")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    start("--resume", action="store_true", help="go on from the checkpoint in --out")
+    start("--init", metavar="FILE", help="begin with the weights of this checkpoint")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--dry-run", action="store_true",
         help="the whole path in seconds, on made-up pictures [into dry-run/ here]")
@@ -735,20 +732,24 @@ def main():
     path, checkpoint = out / "checkpoint.pt", None
     settings = {"steps": STEPS, "minutes": None, "batch_size": BATCH_SIZE, "accumulate": 1,
                 "width": CHANNELS[0], "multipliers": multipliers, "blocks": BLOCKS, "size": SIZE,
-                "dropout": DROPOUT, "lr": LR, "seed": 0, "data": None, "flip": True,
+                "dropout": DROPOUT, "lr": LR, "seed": 0, "data": None, "init": None, "flip": True,
                 "compile": True, "sample_steps": SAMPLE_STEPS}
     if args.dry_run:
         settings |= {"steps": 5, "batch_size": 4, "data": "made-up", "width": 8, "blocks": 1,
                      "compile": False, "sample_steps": 2}
+    for name in ("width", "multipliers", "blocks", "dropout", "size"):
+        if (args.resume or args.init) and vars(args)[name] is not None:
+            raise UserError(f"--resume and --init keep the checkpoint's net: no --{name} with them")
     if args.resume:
         checkpoint, _ = load_checkpoint(path, device)
-        if "optimizer" not in checkpoint:
-            raise UserError(f"{path} holds a net to sample from, not a run to resume")
+        if not {"model", "optimizer", "rng", "settings", "tally"} <= checkpoint.keys():
+            raise UserError(f"{path} holds a net to sample from, not a run to resume: try --init")
         settings = checkpoint["settings"]
-        for name in ("width", "multipliers", "blocks", "dropout", "size"):
-            if vars(args)[name] not in (None, settings[name]):
-                raise UserError(f"--resume keeps the checkpoint's net: --{name} cannot change it")
         say(f"resuming {path} at step {checkpoint['step']}: {settings}")
+    if args.init:
+        checkpoint, _ = load_checkpoint(args.init, device)
+        checkpoint = {key: checkpoint[key] for key in ("config", "classes", "ema")}
+        settings["size"] = checkpoint["config"]["net"]["size"]
     if args.steps or args.minutes:
         settings |= {"steps": None, "minutes": None}
     if args.data and args.data != "made-up":
@@ -760,7 +761,7 @@ def main():
         raise UserError(f"--size {settings['size']} must be a multiple of {halvings}: the net "
                         "halves it for each resolution after the first")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    if checkpoint is None and path.exists() and RANK == 0:
+    if not args.resume and path.exists() and RANK == 0:
         kept = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
         path.rename(kept)
         print(f"the checkpoint that was there is now {kept}")

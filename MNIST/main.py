@@ -13,12 +13,13 @@ Measured (two EPYC cores, bf16): 335 s, 6,439 steps; tests/judge.py recognises 9
 """
 import argparse
 import hashlib
+import http.client
 import io
 import math
 import os
 import pickle
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
@@ -50,7 +51,7 @@ WARMUP = 100
 EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last thirtieth of the run
 SAMPLE_STEPS = 20       # sampler: noise levels visited, 1..T; guidance asks the net twice at each
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
-GUIDANCE = 0.4          # w of classifier-free guidance; 0 is off
+GUIDANCE = 0.3          # w of classifier-free guidance; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 30       # between two checkpoints, each with a grid of samples
 
@@ -107,29 +108,21 @@ def embedded_digits():
     return images.reshape(-1, 1, 28, 28), labels, "MNIST, only the 5,000 embedded digits"
 
 
-def download(root, patience=20):
-    """Download MNIST to root; False if that fails or nothing arrives for `patience` seconds.
+def download(root, patience=10):
+    """Download MNIST to root; False if that fails, or a connection is silent for `patience` seconds.
 
-    torchvision's downloader has no time limit, so it runs in a process that can be stopped, in a
-    folder that takes its final name only when it is whole.
+    The folder takes its final name only when all of it is there.
     """
     print(f"downloading MNIST to {root}")
     root.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(patience)
     with tempfile.TemporaryDirectory(dir=root) as part:
-        code = "import sys, torchvision; torchvision.datasets.MNIST(sys.argv[1], download=True)"
-        with subprocess.Popen([sys.executable, "-c", code, part], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL) as child:
-            arrived, since = -1, time.monotonic()
-            while child.poll() is None and time.monotonic() - since < patience:
-                time.sleep(0.1)
-                size = sum(file.stat().st_size for file in Path(part).rglob("*") if file.exists())
-                if size != arrived:
-                    arrived, since = size, time.monotonic()
-            child.kill()
-        if child.returncode != 0:
+        try:
+            torchvision.datasets.MNIST(part, download=True)
+        except (OSError, RuntimeError, http.client.HTTPException):
             return False
         os.replace(Path(part) / "MNIST", root / "MNIST")
-        return True
+    return True
 
 
 # ---- The idea: noise can be added in one step ------------------------------------------------
@@ -200,9 +193,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, 1, C, H * W).transpose(3, 4).unbind(1)
-        h = F.scaled_dot_product_attention(q, k, v)         # (B, 1 head, H*W, C)
-        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
+        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
+        weights = (q.transpose(1, 2) @ k / C ** 0.5).softmax(-1)    # (B, H*W, H*W)
+        h = v @ weights.transpose(1, 2)                     # (B, C, H*W)
+        return x + self.out(h.reshape(B, C, H, W))
 
 
 class Block(nn.Module):
@@ -351,6 +345,10 @@ def load_checkpoint(path, device="cpu"):
         to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
         net = UNet(**config["net"]).to(device, memory_format=layout(device)).eval()
         net.load_state_dict(checkpoint["ema"])
+        if missing := {"classes", "data", "history", "step"} - checkpoint.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        if not all(p.isfinite().all() for p in net.parameters()):
+            raise ValueError("its weights are not finite")
     except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
         reason = ("it holds more than tensors and plain values" if isinstance(
             error, pickle.UnpicklingError) else first_line(error))
@@ -376,8 +374,9 @@ def layout(device):
 def train(settings, checkpoint, out, device):
     """Algorithm 1 of DDPM; writes out/checkpoint.pt and out/samples/*.png. Returns the exit code.
 
-    settings: steps or minutes, batch_size, lr, seed, data, sample_steps; checkpoint: to resume, or
-    None. Raises UserError if the loss is no longer finite.
+    settings: steps or minutes, batch_size, lr, seed, data, sample_steps; checkpoint: a run to
+    resume, or config and ema alone to begin with, or None. Raises UserError if the loss is no
+    longer finite.
     """
     images, labels, source = load_data(settings["data"])
     images, labels = images.to(device), labels.to(device)
@@ -390,13 +389,15 @@ def train(settings, checkpoint, out, device):
     alpha_bar = noise_schedule(config["schedule"], config["T"])
     a = alpha_bar.float().to(device)
     net = UNet(**config["net"]).to(device, memory_format=layout(device))
+    resumed = checkpoint is not None and "optimizer" in checkpoint
+    if checkpoint:
+        net.load_state_dict(checkpoint["model" if resumed else "ema"])
     ema = AveragedModel(net).eval()
     optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()
     tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
-    if checkpoint:
-        net.load_state_dict(checkpoint["model"])
+    if resumed:
         ema.module.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
@@ -533,13 +534,19 @@ def run(main):
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "allocat" not in str(error):
+            raise
+        print("error: out of memory: lower --batch-size or --width", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def main():
     parser = Parser(description="Train a denoising diffusion model on MNIST.")
-    add, length = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add, length, start = (group.add_argument for group in (
+        parser, parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()))
     length("--steps", type=number(int, 1, 10**8),
         help="train for this many optimizer steps instead: the same seed, the same result")
     length("--minutes", type=number(float, 0.01, 10**6),
@@ -552,7 +559,8 @@ def main():
     add("--data", help="folder with MNIST/raw in it; or the word embedded: the 5,000 digits of "
                        "digits.png, no network [the folder data/ here, downloaded once]")
     add("--out", type=Path, help="folder for checkpoint.pt and samples/ [the folder runs/ here]")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    start("--resume", action="store_true", help="go on from the checkpoint in --out")
+    start("--init", metavar="FILE", help="begin with the weights of this checkpoint")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--dry-run", action="store_true", help="the whole path in seconds [into dry-run/ here]")
     args = parser.parse_args()
@@ -560,18 +568,22 @@ def main():
     out = args.out or HERE / ("dry-run" if args.dry_run else "runs")
     path, checkpoint = out / "checkpoint.pt", None
     settings = {"steps": None, "minutes": MINUTES, "batch_size": BATCH_SIZE, "lr": LR, "seed": 0,
-                "data": None, "width": CHANNELS[0], "sample_steps": SAMPLE_STEPS}
+                "data": None, "init": None, "width": CHANNELS[0],
+                "sample_steps": SAMPLE_STEPS}
     if args.dry_run:
         settings |= {"steps": 5, "minutes": None, "batch_size": 8, "data": "embedded",
                      "sample_steps": 2}
+    if (args.resume or args.init) and args.width:
+        raise UserError("--resume and --init keep the checkpoint's net: no --width with them")
     if args.resume:
         checkpoint, _ = load_checkpoint(path, device)
-        if "optimizer" not in checkpoint:
-            raise UserError(f"{path} holds a net to sample from, not a run to resume")
+        if not {"model", "optimizer", "rng", "settings", "tally"} <= checkpoint.keys():
+            raise UserError(f"{path} holds a net to sample from, not a run to resume: try --init")
         settings = checkpoint["settings"]
-        if args.width not in (None, settings["width"]):
-            raise UserError("--resume keeps the checkpoint's net: --width cannot change it")
         print(f"resuming {path} at step {checkpoint['step']}: {settings}")
+    if args.init:
+        checkpoint, _ = load_checkpoint(args.init, device)
+        checkpoint = {key: checkpoint[key] for key in ("config", "classes", "ema")}
     if args.steps or args.minutes:
         settings |= {"steps": None, "minutes": None}
     if args.data and args.data != "embedded":
@@ -579,7 +591,7 @@ def main():
     settings |= {key: value for key, value in vars(args).items()
                  if key in settings and value is not None}
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    if checkpoint is None and path.exists():
+    if not args.resume and path.exists():
         kept = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
         path.rename(kept)
         print(f"the checkpoint that was there is now {kept}")

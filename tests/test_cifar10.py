@@ -322,7 +322,8 @@ def test_a_bad_mirror_is_left_for_a_good_one(cifar, before, tmp_path, monkeypatc
     assert images.shape == (50, 3, 32, 32) and labels[:10].tolist() == list(range(10))
     assert classes == list("abcdefghij") and source == "CIFAR-10, 50 training pictures"
     assert capsys.readouterr().out.count("failed") == 1
-    assert not list((tmp_path / "data").glob("*.part"))
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        "cifar-10-batches-py", main.ARCHIVE]
     monkeypatch.setattr(main, "MIRRORS", ())
     assert torch.equal(main.load_data()[0], images)                     # not downloaded again
     assert torch.equal(main.load_data(tmp_path / "data")[0], images)    # by --data
@@ -374,6 +375,18 @@ def test_resume_keeps_the_net_and_the_classes(dry):
     assert fails(call(MAIN, "--resume", "--out", dry, "--width", 16), "--width")
     assert fails(call(MAIN, "--resume", "--out", dry, "--data", "made-up", "--steps", 9), "classes")
     assert (dry / "checkpoint.pt").read_bytes() == before
+
+
+def test_init_keeps_what_other_classes_can_use(pictures, tmp_path):
+    """The shipped weights on a folder of two classes: all of the net but its table of classes."""
+    weights = torch.load(ROOT / "CIFAR10/pretrained.pt", weights_only=True)["ema"]
+    process = call(MAIN, "--init", "CIFAR10/pretrained.pt", "--data", pictures, "--steps", 1,
+                   "--batch-size", 2, "--lr", 1e-8, "--device", "cpu", "--out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    run = read(tmp_path)
+    assert run["classes"] == ["few", "many"] and len(run["model"]["label.weight"]) == 3
+    for key in weights.keys() - {"label.weight"}:
+        torch.testing.assert_close(run["model"][key], weights[key].float(), rtol=0, atol=1e-7)
 
 
 def test_out_of_memory_names_the_flags(tmp_path):

@@ -175,8 +175,20 @@ def test_minutes_are_kept_and_an_old_checkpoint_too(tmp_path):
     assert len(list(tmp_path.glob("checkpoint*.pt"))) == 2
 
 
-def test_resume_keeps_the_net(dry):
+def test_resume_and_init_keep_the_net(dry):
     assert fails(call(MAIN, "--resume", "--width", 8, "--out", dry), "--width")
+    assert fails(trial(dry / "out", "--init", dry / "checkpoint.pt", "--width", 8), "--width")
+    assert fails(trial(dry / "out", "--init", dry / "nowhere.pt"), "nowhere.pt")
+
+
+def test_init_begins_with_the_weights_but_a_new_run(tmp_path):
+    weights = torch.load(ROOT / "MNIST/pretrained.pt", weights_only=True)
+    process = trial(tmp_path, "--init", "MNIST/pretrained.pt", "--steps", 1, "--lr", 1e-8)
+    assert process.returncode == 0, process.stderr
+    run = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert run["step"] == 1 and run["config"]["net"] == weights["config"]["net"]
+    for key, value in weights["ema"].items():
+        torch.testing.assert_close(run["model"][key], value.float(), rtol=0, atol=1e-7)
 
 
 # ---- data ----
@@ -296,7 +308,8 @@ class Payload:
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "text", "pickle", "torch pickle", "no ema",
-                                 "other shape", "other kind", "not a dict"])
+                                 "no classes", "other shape", "other kind", "not finite",
+                                 "not a dict"])
 def test_bad_checkpoints(how, dry, broken, tmp_path):
     path, marker = tmp_path / "bad.pt", tmp_path / "marker"
     if how == "truncated":
@@ -309,6 +322,10 @@ def test_bad_checkpoints(how, dry, broken, tmp_path):
         torch.save({"config": Payload(marker)}, path)
     elif how == "no ema":
         path = broken(lambda checkpoint: checkpoint.pop("ema"))
+    elif how == "no classes":
+        path = broken(lambda checkpoint: checkpoint.pop("classes"))
+    elif how == "not finite":
+        path = broken(lambda checkpoint: next(iter(checkpoint["ema"].values())).fill_(np.nan))
     elif how == "other shape":
         path = broken(lambda checkpoint: checkpoint["config"]["net"].update(channels=(8, 8, 8)))
     elif how == "other kind":
