@@ -2,7 +2,8 @@
 import re
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, load
 
 README = (ROOT / "README.md").read_text()
 RUN = "pip install -r requirements.txt && python MNIST/main.py"
@@ -59,3 +60,28 @@ def test_the_map_of_the_code_is_right():
         for name in names:
             assert re.search(rf"^(def|class) {name}\b", code, re.M), name
 
+
+
+def test_the_algorithms_on_the_page_are_those_of_the_code():
+    """Algorithm 1 gives every weight a gradient; Algorithm 2 gives the images of `sample`."""
+    training, sampling = re.findall(r"```python\n(.*?)```", README, re.S)[:2]
+    main, T = load("MNIST"), 20
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        net = main.UNet(1, 28, 10, (8, 16), 1, (), 0.0)
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        names = vars(main) | {"T": T, "net": net, "alpha_bar": main.noise_schedule("cosine", T),
+                              "y": torch.arange(3), "x_0": torch.rand(3, 1, 28, 28) * 2 - 1}
+        exec(training, names)
+        assert all(parameter.grad.abs().sum() > 0 for parameter in net.parameters())
+        torch.manual_seed(1)
+        with torch.no_grad():
+            exec(sampling, names)
+        torch.manual_seed(1)
+        *_, (_, x_0, _) = main.sample(net, torch.randn(3, 1, 28, 28), names["y"],
+                                      names["alpha_bar"], "v", steps=T, eta=1.0, guidance=0.0)
+        torch.testing.assert_close(names["x_t"], x_0)
+    finally:
+        torch.set_default_dtype(torch.float32)
