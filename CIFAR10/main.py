@@ -491,9 +491,6 @@ def train(settings, checkpoint, out, device):
         step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
         ema.n_averaged.fill_(step)
         tally.copy_(checkpoint["tally"])
-        torch.set_rng_state(checkpoint["rng"]["cpu"].cpu())
-        if device.type != "cpu" and device.type in checkpoint["rng"]:
-            torch.get_device_module(device).set_rng_state(checkpoint["rng"][device.type].cpu())
     steps, minutes, B = settings["steps"], settings["minutes"], settings["batch_size"]
     N = B * settings["accumulate"]          # images a step in this process
     say(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}\n"
@@ -501,8 +498,10 @@ def train(settings, checkpoint, out, device):
         f"= {N * WORLD} images")
     if WORLD > 1:
         fast = DistributedDataParallel(fast)
-    if RANK > 0:  # its own draws
+    if resumed or RANK > 0:     # other draws than before, and in each process its own
         torch.manual_seed(settings["seed"] + RANK * 10**6 + step)
+    if resumed and RANK == 0:   # but on a CPU as if never stopped
+        torch.set_rng_state(checkpoint["rng"].cpu())
     mark = None
     started, stop = time.monotonic() - seconds, []
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
@@ -541,14 +540,12 @@ def train(settings, checkpoint, out, device):
     def save():
         if not all(p.isfinite().all() for p in net.parameters()):
             raise UserError(NOT_FINITE.format(step))
-        rng = {"cpu": torch.get_rng_state()}
-        if device.type != "cpu":
-            rng[device.type] = torch.get_device_module(device).get_rng_state()
         save_checkpoint({
             "config": config, "classes": classes, "data": source, "settings": settings,
             "model": net.state_dict(), "ema": ema.module.state_dict(),
-            "optimizer": optimizer.state_dict(), "step": step, "rng": rng, "tally": tally,
-            "history": history, "seconds": time.monotonic() - started, "device": str(device),
+            "optimizer": optimizer.state_dict(), "step": step, "tally": tally,
+            "rng": torch.get_rng_state(), "history": history,
+            "seconds": time.monotonic() - started, "device": str(device),
             "torch": str(torch.__version__)}, out / "checkpoint.pt")
         # a picture from the same noise every time: one column a class
         y = torch.arange(min(len(classes), 10)).repeat(2).to(device)

@@ -8,6 +8,7 @@
 Takes the newest checkpoint in runs/, else pretrained.pt. The net, the noise schedule and the
 sampler are main.py's own.
 """
+import os
 import time
 from pathlib import Path
 
@@ -236,8 +237,8 @@ FIGURES = {f.__name__: f for f in (reverse, grid, steps, guidance, loss, forward
 
 def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
-    if not path.resolve().parent.is_dir():
-        raise UserError(f"--export {path}: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+        raise UserError(f"--export {path}: no file can be written there")
     y, chunks, seed = model.labels(n), [], model.seed
     for i in tqdm(range(0, n, batch), unit="batch", desc="exporting"):
         model.seed = seed + i
