@@ -581,7 +581,7 @@ def train(settings, checkpoint, out, device):
                     # predict
                     with autocast(device):
                         output = fast(x_t[part], t[part], y[part])
-                    losses = (output.float() - goal[part]).square().mean(dim=(1, 2, 3))  # Eq. 14
+                    losses = (output.float() - goal[part]).square().mean(dim=(1, 2, 3))  # (B,)
                     # descend
                     (losses.sum() / N).backward()
                 tally.index_add_(1, t[part] * BINS // config["T"],

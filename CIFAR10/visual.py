@@ -263,7 +263,8 @@ def main():
     add("--label", help="this class only")
     add("--steps", type=number(int, 1, 10**6), default=SAMPLE_STEPS,
         help=f"sampler steps [{SAMPLE_STEPS}]")
-    add("--eta", type=number(float, 0, 1), default=ETA, help=f"0 is DDIM, 1 is DDPM [{ETA:g}]")
+    add("--eta", type=number(float, 0, 1), default=ETA,
+        help=f"share of fresh noise: 0 is DDIM, 1 with all steps is DDPM [{ETA:g}]")
     add("--guidance", type=number(float, 0, 100), default=GUIDANCE,
         help=f"w, 0 is off [{GUIDANCE:g}]")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of the noise [0]")

@@ -463,7 +463,7 @@ def train(settings, checkpoint, out, device):
             # predict
             with autocast(device):
                 output = net(x_t, t, y)
-            losses = (output.float() - goal).square().mean(dim=(1, 2, 3))  # (B,), DDPM Eq. 14
+            losses = (output.float() - goal).square().mean(dim=(1, 2, 3))  # (B,), for eps Eq. 14
             # descend
             losses.mean().backward()
             tally.index_add_(1, t * BINS // config["T"],
