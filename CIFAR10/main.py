@@ -57,7 +57,7 @@ WARMUP = 500
 EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last thirtieth of the run
 SAMPLE_STEPS = 50       # sampler: noise levels visited, 1..T; guidance asks the net twice at each
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
-GUIDANCE = 1.5          # w of classifier-free guidance; 0 is off
+GUIDANCE = 1.0          # w of classifier-free guidance; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 300      # between two checkpoints, each with a grid of samples
 
