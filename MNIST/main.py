@@ -190,7 +190,11 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of a feature map, one head, residual."""
+    """Self-attention over the pixels of a feature map, one head, residual.
+
+    Written out, for in bf16 on a CPU F.scaled_dot_product_attention is slower: CIFAR-10's small
+    net trained at 91 instead of 133 images/s with it.
+    """
 
     def __init__(self, channels):
         super().__init__()
