@@ -244,7 +244,7 @@ def export(model, path, n, batch=50):
         model.seed = seed + i
         chunks.append(model.images(y[i:i + batch]))
     model.seed = seed
-    pixels = ((torch.cat(chunks) + 1) * 127.5).round().to(torch.uint8)
+    pixels = ((torch.cat(chunks).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     with open(path, "wb") as file:
         np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy(),
                             labels=y.numpy())
