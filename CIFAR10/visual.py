@@ -9,10 +9,12 @@ Takes the newest checkpoint in runs/, else pretrained.pt. The net, the noise sch
 sampler are main.py's own.
 """
 import os
+import sys
 import time
 from pathlib import Path
 
-import matplotlib
+if "--show" not in sys.argv:  # files only: whatever backend the environment names is not needed
+    os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -120,11 +122,12 @@ def reverse(model):
 def animate(model, path, n=50):
     """The same as a GIF: x_t on the left, x0_hat on the right, one row a class."""
     y = model.labels(10).repeat_interleave(n // 10)
+    walk = list(model.walk(y))
     figure, axes = plt.subplots(1, 2, figsize=(5.6, 5.5), dpi=90)
     names = [model.classes[name] for name in y[::n // 10]]
     writer = PillowWriter(fps=8)
     with writer.saving(figure, path, dpi=90):
-        for t, *pair in model.walk(y):
+        for t, *pair in walk:
             for axis, images, title in zip(axes, pair, ("$x_t$", r"$\hat{x}_0$, the net's guess")):
                 axis.clear()
                 draw(axis, images, names, [])
@@ -138,8 +141,11 @@ def animate(model, path, n=50):
 
 def forward(model):
     """Real images drowning in noise, under both schedules, and how much of them is left."""
-    images, labels, _, source = load_data(model.data, model.shape[1])
-    picks = [(labels == y).nonzero()[0].item() for y in model.labels(3).tolist()]
+    images, labels, names, source = load_data(model.data, model.shape[1])
+    wanted = [model.classes[y] for y in model.labels(3)]
+    if missing := set(wanted) - set(names):
+        raise UserError(f"{source}: no image of class {missing.pop()} is in it")
+    picks = [(labels == names.index(name)).nonzero()[0].item() for name in wanted]
     T = len(model.alpha_bar)
     times = [-1] + [round(T * i / 9) - 1 for i in range(1, 10)]
     figure, (top, bottom) = canvas("The forward process: the same noise under two schedules",
@@ -171,7 +177,8 @@ def grid(model):
 def steps(model):
     """The same noise, walked down in few steps and in many."""
     y, tiles, rows = model.labels(10), [], []
-    for n in (5, 10, 25, 50, 250, len(model.alpha_bar)):
+    T = len(model.alpha_bar)
+    for n in (*(n for n in (5, 10, 25, 50, 250) if n < T), T):
         started = time.perf_counter()
         tiles.append(model.images(y, steps=n))
         rows.append(f"{n} steps\n{time.perf_counter() - started:.1f} s")
@@ -202,6 +209,8 @@ def neighbours(model):
     def nearest_of(x, k):  # (distance, index) of the k nearest training images, a part at a time
         return torch.cat([torch.cdist(x.flatten(1), part.flatten(1).float() / 127.5 - 1)
                           for part in images.split(5000)], dim=1).topk(k, largest=False)
+    if len(images) < 3:
+        raise UserError(f"neighbours needs three training images or more: {source}")
     distance, nearest = nearest_of(made, 3)
     among_real = nearest_of(images[:100].float() / 127.5 - 1, 2).values[:, 1]
     tiles = [made[:10]] + [images[nearest[:10, k]].float() / 127.5 - 1 for k in range(3)]
@@ -237,8 +246,8 @@ FIGURES = {f.__name__: f for f in (reverse, grid, steps, guidance, loss, forward
 
 def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
-    if path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
-        raise UserError(f"--export {path}: no file can be written there")
+    if path.suffix != ".npz" or path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+        raise UserError(f"--export {path}: give an .npz file in a folder that can be written to")
     y, chunks, seed = model.labels(n), [], model.seed
     for i in tqdm(range(0, n, batch), unit="batch", desc="exporting"):
         model.seed = seed + i
@@ -278,17 +287,15 @@ def main():
     add("--n", type=number(int, 1, 10**7), default=1000, help="how many images to export [1000]")
     args = parser.parse_args()
     names = args.figures or ["reverse"]
-    names = list(FIGURES) if "all" in names else names
-    if unknown := [name for name in names if name not in FIGURES]:
+    if unknown := [name for name in names if name not in {*FIGURES, "all"}]:
         raise UserError(f"no figure {unknown[0]!r}: there are {', '.join(FIGURES)} and all")
+    names = list(FIGURES) if "all" in names else names
     device, path = pick_device(args.device), args.checkpoint or newest_checkpoint()
     model = Model(path.resolve(), device, args.label, args.steps, args.eta, args.guidance,
                   args.seed, args.data)
     print(f"checkpoint: {path} ({model.checkpoint['step']} steps on {model.checkpoint['data']})")
     if args.export:
         return export(model, args.export, args.n)
-    if not args.show:
-        matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
     for name in names:
         FIGURES[name](model).savefig(args.out / f"{name}.png")

@@ -352,12 +352,18 @@ def load_checkpoint(path, device="cpu"):
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         config = checkpoint["config"]
+        if (config["net"]["image_channels"], config["net"]["size"]) != (1, 28):
+            raise ValueError("its net is not for digits")
         noise_schedule(config["schedule"], config["T"])
         to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
         net = UNet(**config["net"]).to(device, memory_format=layout(device)).eval()
         net.load_state_dict(checkpoint["ema"])
         if missing := {"classes", "data", "history", "step"} - checkpoint.keys():
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        if not (type(checkpoint["step"]) is type(config["T"]) is int
+                and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
+                and all(len(row[3]) == BINS for row in checkpoint["history"])):
+            raise ValueError("its step, T, classes or history are not those of a run")
         if not all(p.isfinite().all() for p in net.parameters()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
@@ -408,14 +414,20 @@ def train(settings, checkpoint, out, device):
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()
     tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
+    path, older = out / "checkpoint.pt", None
     if resumed:
-        ema.module.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
-        ema.n_averaged.fill_(step)
-        tally.copy_(checkpoint["tally"])
-        torch.manual_seed(settings["seed"] + step)      # other draws than before, but on a CPU
-        torch.set_rng_state(checkpoint["rng"].cpu())    # as if never stopped
+        try:
+            ema.module.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
+            ema.n_averaged.fill_(step)
+            tally.copy_(checkpoint["tally"])
+            torch.manual_seed(settings["seed"] + step)      # other draws than before, but on a CPU
+            torch.set_rng_state(checkpoint["rng"].cpu())    # as if never stopped
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise UserError(f"{path} cannot be resumed: {first_line(error)}") from error
+    elif path.exists():     # another run's: it steps aside when this one first saves
+        older = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
     steps, minutes, B = settings["steps"], settings["minutes"], settings["batch_size"]
     print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
     started, stop = time.monotonic() - seconds, []
@@ -435,15 +447,20 @@ def train(settings, checkpoint, out, device):
         bar.set_postfix(loss=f"{loss:.4f}")
 
     def save():
+        nonlocal older
         if not all(p.isfinite().all() for p in net.parameters()):
             raise UserError(NOT_FINITE.format(step))
+        if older:
+            path.rename(older)
+            tqdm.write(f"the checkpoint that was there is now {older}")
+            older = None
         save_checkpoint({
             "config": config, "classes": CLASSES, "data": source, "settings": settings,
             "model": net.state_dict(), "ema": ema.module.state_dict(),
             "optimizer": optimizer.state_dict(), "step": step, "tally": tally,
             "rng": torch.get_rng_state(), "history": history,
             "seconds": time.monotonic() - started, "device": str(device),
-            "torch": str(torch.__version__)}, out / "checkpoint.pt")
+            "torch": str(torch.__version__)}, path)
         # a picture from the same noise every time: one column a class
         y = torch.arange(len(CLASSES)).repeat(2).to(device)
         noise = torch.randn(len(y), 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -587,7 +604,7 @@ def main():
         checkpoint, _ = load_checkpoint(path, device)
         if not {"model", "optimizer", "rng", "settings", "tally"} <= checkpoint.keys():
             raise UserError(f"{path} holds a net to sample from, not a run to resume: try --init")
-        settings = checkpoint["settings"]
+        settings |= checkpoint["settings"]
         print(f"resuming {path} at step {checkpoint['step']}: {settings}")
     if args.init:
         checkpoint, _ = load_checkpoint(args.init, device)
@@ -599,10 +616,6 @@ def main():
     settings |= {key: value for key, value in vars(args).items()
                  if key in settings and value is not None}
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    if not args.resume and path.exists():
-        kept = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
-        path.rename(kept)
-        print(f"the checkpoint that was there is now {kept}")
     return train(settings, checkpoint, out, device)
 
 

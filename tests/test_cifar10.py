@@ -89,6 +89,14 @@ def test_export_and_the_names_of_the_classes(dry, tmp_path):
                  "few, many")
 
 
+def test_figures_of_data_with_other_classes_or_too_few_pictures(dry, pictures, tmp_path):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few/one.png").write_bytes((pictures / "few/1.png").read_bytes())
+    for figure, word in (("forward", "class many"), ("neighbours", "three")):
+        assert fails(call(VISUAL, figure, "--checkpoint", dry / "checkpoint.pt", "--steps", 1,
+                          "--data", tmp_path, "--out", tmp_path / "out"), word)
+
+
 def test_shipped_weights_draw_pictures_not_noise(tmp_path):
     """pretrained.pt: neighbouring pixels are alike, as in pictures, and no two pictures are."""
     process = run(VISUAL, "--checkpoint", "CIFAR10/pretrained.pt", "--export", tmp_path / "x.npz",
@@ -220,11 +228,12 @@ def test_pictures_of_all_kinds_are_read_and_the_others_counted(pictures, tmp_pat
     (tmp_path / "few/notes.txt").write_text("not even called one")
     cut = (tmp_path / "few/0.jpg").read_bytes()
     (tmp_path / "few/cut.jpg").write_bytes(cut[:len(cut) // 2])
+    Image.fromarray(np.full((40, 40), 9000, np.uint16)).save(tmp_path / "few/16bits.png")
     Image.new("RGB", (9000, 4000), "red").save(tmp_path / "many/giant.png")
     images, labels, classes, source = load("CIFAR10").load_data(tmp_path)
     assert images.shape == (21, 3, 32, 32) and images.dtype == torch.uint8
     assert labels.bincount().tolist() == [10, 11] and classes == ["few", "many"]
-    assert "3 of 24" in capsys.readouterr().out and "21 pictures" in source
+    assert "4 of 25" in capsys.readouterr().out and "21 pictures" in source
     assert (images[-1].float().mean((1, 2)) == torch.tensor([255.0, 0, 0])).all()  # the giant
 
 

@@ -173,6 +173,8 @@ def test_minutes_are_kept_and_an_old_checkpoint_too(tmp_path):
     assert again.returncode == 0, again.stderr
     assert train(tmp_path, "--steps", 2).returncode == 0
     assert len(list(tmp_path.glob("checkpoint*.pt"))) == 2
+    assert fails(trial(tmp_path, "--steps", 2, "--data", tmp_path / "nowhere"), "nowhere")
+    assert len(list(tmp_path.glob("checkpoint*.pt"))) == 2  # a mistake moves nothing
 
 
 def test_resume_and_init_keep_the_net(dry):
@@ -308,7 +310,8 @@ class Payload:
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "text", "pickle", "torch pickle", "no ema",
-                                 "no classes", "other shape", "other kind", "not finite",
+                                 "no classes", "few classes", "other history", "other shape",
+                                 "other kind", "not finite",
                                  "not a dict"])
 def test_bad_checkpoints(how, dry, broken, tmp_path):
     path, marker = tmp_path / "bad.pt", tmp_path / "marker"
@@ -324,6 +327,10 @@ def test_bad_checkpoints(how, dry, broken, tmp_path):
         path = broken(lambda checkpoint: checkpoint.pop("ema"))
     elif how == "no classes":
         path = broken(lambda checkpoint: checkpoint.pop("classes"))
+    elif how == "few classes":
+        path = broken(lambda checkpoint: checkpoint["classes"].pop())
+    elif how == "other history":
+        path = broken(lambda checkpoint: checkpoint.update(history=[1, 2, 3]))
     elif how == "not finite":
         path = broken(lambda checkpoint: next(iter(checkpoint["ema"].values())).fill_(np.nan))
     elif how == "other shape":
@@ -343,6 +350,13 @@ def test_bad_checkpoints(how, dry, broken, tmp_path):
 def test_resuming_weights_without_a_run(broken):
     path = broken(lambda checkpoint: checkpoint.pop("optimizer"))
     assert fails(call(MAIN, "--resume", "--out", path.parent), "resume")
+
+
+def test_resuming_a_run_with_a_damaged_part(broken):
+    path = broken(lambda checkpoint: checkpoint.update(optimizer={}))
+    before = path.read_bytes()
+    assert fails(call(MAIN, "--resume", "--steps", 9, "--out", path.parent), "cannot be resumed")
+    assert path.read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(broken):
@@ -378,10 +392,17 @@ def test_flags_of_main_out_of_range(args, tmp_path):
 @pytest.mark.parametrize("args", [
     ["--steps", "0"], ["--steps", "1001"], ["--label", "11"], ["--guidance", "-1"],
     ["--guidance", "nan"], ["--eta", "2"], ["--n", "0"], ["nonsense"],
-    ["--export", "no/such/folder/x.npz"]])
+    ["--export", "no/such/folder/x.npz"], ["--export", "MNIST/pretrained.pt"],
+    ["all", "nonsense"]])
 def test_flags_of_visual_out_of_range(args, dry, tmp_path):
     assert fails(call(VISUAL, "--checkpoint", dry / "checkpoint.pt", "--out", tmp_path / "out",
                      *args), args[-1])
+
+
+def test_figures_do_not_need_the_backend_that_the_environment_names(dry, tmp_path):
+    process = run(VISUAL, "loss", "--checkpoint", dry / "checkpoint.pt", "--out", tmp_path,
+                  env=os.environ | {"MPLBACKEND": "nonsense"})
+    assert process.returncode == 0 and (tmp_path / "loss.png").exists(), process.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
