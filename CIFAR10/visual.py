@@ -45,6 +45,7 @@ class Model:
         self.alpha_bar = noise_schedule(config["schedule"], config["T"])
         self.target = config["target"]
         self.shape = (config["net"]["image_channels"], config["net"]["size"], config["net"]["size"])
+        self.names = [plain(name) for name in self.classes]
         self.caption = f"{path.parent.name}/{path.name}, trained on {self.checkpoint['data']}"
 
     def labels(self, n):
@@ -94,9 +95,14 @@ def canvas(title, caption, columns, rows, extra=0.0):
     figure, axes = plt.subplots(2 if extra else 1,
                                 figsize=(TILE * columns + 1, TILE * rows + 1 + extra),
                                 height_ratios=[TILE * rows, extra] if extra else None)
-    figure.suptitle(title, fontsize=10)
-    figure.supxlabel(caption, fontsize=6.5, color="0.4")
+    figure.suptitle(title, fontsize=10, wrap=True)
+    figure.supxlabel(plain(caption), fontsize=6.5, color="0.4", wrap=True)
     return figure, axes
+
+
+def plain(text):
+    """Text in which matplotlib sees no formulas."""
+    return text.replace("$", r"\$")
 
 
 def paper_t(t):
@@ -112,7 +118,7 @@ def reverse(model):
     shown = sorted({round(i * (len(walk) - 1) / 9) for i in range(10)})
     tiles = torch.stack([torch.stack([walk[i][k] for i in shown], 1) for k in (1, 2)], 1)
     rows = [title for name in y
-            for title in (f"{model.classes[name]}   $x_t$", r"$\hat{x}_0$")]
+            for title in (f"{model.names[name]}   $x_t$", r"$\hat{x}_0$")]
     figure, axis = canvas("The reverse process: from noise to an image",
                           f"{model.caption}; {model.sampler()}", len(shown), len(rows))
     draw(axis, tiles.flatten(0, 2), rows, [paper_t(walk[i][0]) for i in shown])
@@ -124,7 +130,7 @@ def animate(model, path, n=50):
     y = model.labels(10).repeat_interleave(n // 10)
     walk = list(model.walk(y))
     figure, axes = plt.subplots(1, 2, figsize=(5.6, 5.5), dpi=90)
-    names = [model.classes[name] for name in y[::n // 10]]
+    names = [model.names[name] for name in y[::n // 10]]
     writer = PillowWriter(fps=8)
     with writer.saving(figure, path, dpi=90):
         for t, *pair in walk:
@@ -170,7 +176,7 @@ def grid(model):
     """Ten images of each class."""
     y = model.labels(100)
     figure, axis = canvas("100 generated images", f"{model.caption}; {model.sampler()}", 10, 10)
-    draw(axis, model.images(y), [""] * 10, [model.classes[name] for name in y[:10]])
+    draw(axis, model.images(y), [""] * 10, [model.names[name] for name in y[:10]])
     return figure
 
 
@@ -185,7 +191,7 @@ def steps(model):
     figure, axis = canvas("The same noise, more steps",
                           f"{model.caption}; seconds for 10 images on {model.device}; "
                           f"eta = {model.eta:g}, w = {model.guidance:g}", 10, len(rows))
-    draw(axis, torch.cat(tiles), rows, [model.classes[name] for name in y])
+    draw(axis, torch.cat(tiles), rows, [model.names[name] for name in y])
     return figure
 
 
@@ -196,7 +202,7 @@ def guidance(model):
     figure, axis = canvas("The same noise, more guidance", f"{model.caption}; {model.steps} steps",
                           10, len(weights))
     draw(axis, torch.cat([model.images(y, guidance=w) for w in weights]),
-         [f"w = {w:g}" for w in weights], [model.classes[name] for name in y])
+         [f"w = {w:g}" for w in weights], [model.names[name] for name in y])
     return figure
 
 
@@ -220,7 +226,7 @@ def neighbours(model):
         f"{distance[:, 0].median():.1f} from 100 generated images, {among_real.median():.1f} from "
         f"100 training images to the others", 10, 4)
     draw(axis, torch.cat(tiles), ["generated", "nearest", "second", "third"],
-         [model.classes[name] for name in y[:10]])
+         [model.names[name] for name in y[:10]])
     return figure
 
 
@@ -237,7 +243,7 @@ def loss(model):
     right.set_xticks(np.arange(0, BINS + 1, 5), [f"{i * len(model.alpha_bar) // BINS}"
                                                 for i in range(0, BINS + 1, 5)])
     right.set(xlabel="t", ylabel="loss", title="Loss by timestep, last fifth of the run")
-    figure.supxlabel(model.caption, fontsize=6.5, color="0.4")
+    figure.supxlabel(plain(model.caption), fontsize=6.5, color="0.4", wrap=True)
     return figure
 
 
@@ -303,7 +309,9 @@ def main():
         if name == "reverse":
             animate(model, args.out / "reverse.gif")
             print(args.out / "reverse.gif")
-    if args.show:
+    if args.show and plt.get_backend().lower() == "agg":
+        print("--show: there is no screen to open a window on")
+    elif args.show:
         plt.show()
 
 

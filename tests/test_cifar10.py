@@ -35,9 +35,9 @@ def digits(n):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder of two classes, in all the kinds that people have."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("pictures") / "of $x^$"    # no formula
     for name, part in (("few", digits(20)[:10]), ("many", digits(20)[10:])):
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         for i, digit in enumerate(part):
             grey = Image.fromarray(digit).resize((40 + 7 * i, 60))
             kind, suffix = [("RGB", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png")][i % 4]
