@@ -18,14 +18,12 @@ import http.client
 import io
 import math
 import os
-import pickle
 import signal
 import socket
 import sys
 import tempfile
 import time
 import warnings
-from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,7 +43,7 @@ from tqdm import tqdm
 T = 1000                # noise levels
 SCHEDULE = "cosine"     # or "linear", whose last third is almost pure noise
 TARGET = "v"            # what the net predicts: "v", or "eps" as in the DDPM paper
-SIZE = 32               # pixels a side
+SIZE, COLOURS = 32, 3   # pixels a side, and numbers a pixel
 CHANNELS = (128, 256, 256, 256)  # one number a resolution: 32 x 32, 16 x 16, 8 x 8, 4 x 4
 BLOCKS = 2              # residual blocks a resolution on the way down; one more on the way up
 ATTENTION = (16,)       # resolutions whose blocks all have self-attention; the middle has it
@@ -114,64 +112,6 @@ def load_data(data=None, size=SIZE):
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
     return (images, torch.tensor(cifar.targets), cifar.classes,
             f"CIFAR-10, {len(images):,} training pictures")
-
-
-def load_folder(root, size):
-    """Pictures of any kind and size, cropped to a centred square and resized to size x size."""
-    try:
-        folder = torchvision.datasets.ImageFolder(root, allow_empty=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{root} holds neither cifar-10-batches-py nor one sub-folder of pictures "
-                        f"a class: {first_line(error)}") from error
-    images, labels, skipped = [], [], 0
-    warnings.simplefilter("ignore")  # PIL's, about odd files
-    for path, label in tqdm(folder.samples, desc="reading pictures", unit="", disable=RANK > 0):
-        try:
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":   # 16 bits or more a pixel: PIL would cut them off
-                    raise ValueError(image.mode)
-                image.draft("RGB", (2 * size, 2 * size))    # decodes a large JPEG at a fraction
-                square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), (size, size))
-            white = Image.new("RGBA", square.size, "white")  # seen through what is transparent
-            images.append(pil_to_tensor(Image.alpha_composite(white, square).convert("RGB")))
-            labels.append(label)
-        except Exception:  # PIL raises whatever a damaged file makes it raise
-            skipped += 1
-    if skipped:
-        say(f"{skipped} of {len(folder.samples)} files in {root} could not be read: skipped")
-    if not images:
-        raise UserError(f"not one picture in {root} could be read")
-    found, labels = torch.tensor(labels).unique(return_inverse=True)
-    classes = [folder.classes[label] for label in found]    # those with a picture in them
-    return (torch.stack(images), labels, classes,
-            f"{root.name}, {len(images):,} pictures in {len(classes)} classes")
-
-
-def download(root):
-    """CIFAR-10 into root, from the first mirror that delivers it whole (by its MD5).
-
-    An archive that lies there already is used. Raises UserError if no mirror delivers.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(PATIENCE)
-    archive = root / ARCHIVE
-    for url in MIRRORS:
-        if check_integrity(archive, ARCHIVE_MD5):
-            break
-        print(f"downloading {url}")
-        try:
-            torch.hub.download_url_to_file(url, archive)
-            if not check_integrity(archive, ARCHIVE_MD5):
-                raise ValueError(f"{archive.stat().st_size:,} bytes came, and not the right ones")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            print(f"  failed: {first_line(error)}")
-    if not check_integrity(archive, ARCHIVE_MD5):
-        archive.unlink(missing_ok=True)
-        raise UserError(f"CIFAR-10 could not be downloaded: put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, "
-                        f"MD5 {ARCHIVE_MD5}) into {root}, or give pictures of your own by --data")
-    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as part:
-        extract_archive(archive, part)
-        os.replace(Path(part) / "cifar-10-batches-py", root / "cifar-10-batches-py")
 
 
 # ---- The idea: noise can be added in one step ------------------------------------------------
@@ -282,10 +222,9 @@ class UNet(nn.Module):
     def __init__(self, image_channels, size, classes, channels, blocks, attention, dropout):
         super().__init__()
         width, c_emb = channels[0], 4 * channels[0]
-        half = width // 2
-        self.register_buffer("frequencies", torch.exp(-math.log(1e4) * torch.arange(half) / half),
-                             persistent=False)
-        self.time = nn.Sequential(nn.Linear(2 * half, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.waves = width // 2         # as many sines as cosines tell the net its t
+        self.time = nn.Sequential(nn.Linear(2 * self.waves, c_emb), nn.SiLU(),
+                                  nn.Linear(c_emb, c_emb))
         self.label = nn.Embedding(classes + 1, c_emb)       # row 0 is NULL
         self.down = nn.ModuleList([nn.Conv2d(image_channels, width, 3, padding=1)])
         self.up = nn.ModuleList()
@@ -315,7 +254,8 @@ class UNet(nn.Module):
                                  zero_init(nn.Conv2d(width, image_channels, 3, padding=1)))
 
     def forward(self, x_t, t, y):
-        angles = t[:, None] * self.frequencies              # DDPM, Appendix B
+        waves = torch.arange(self.waves, device=t.device) / self.waves
+        angles = t[:, None] * 1e-4 ** waves                 # DDPM, Appendix B
         emb = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         emb = F.silu(emb + self.label(y + 1))
         h, skips = x_t, []
@@ -325,10 +265,8 @@ class UNet(nn.Module):
         for layer in self.middle:
             h = layer(h, emb)
         for layer in self.up:
-            if isinstance(layer, Block):
-                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
-            else:
-                h = layer(h)
+            h = (layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, Block)
+                 else layer(h))
         return self.out(h)
 
 
@@ -369,54 +307,6 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, g
     yield -1, x_t, x_t
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------
-def save_checkpoint(checkpoint, path):
-    """Write atomically: at any moment `path` holds the old file or the new one, whole."""
-    buffer, part = io.BytesIO(), path.with_suffix(".part")
-    torch.save(checkpoint, buffer)
-    try:
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot save {path}, the old one is kept: {error.strerror}") from error
-
-
-def load_checkpoint(path, device="cpu"):
-    """(checkpoint, EMA net in eval mode). Raises UserError unless the file is one of this script's.
-
-    weights_only=True: tensors and plain types are read, code in the file is never run.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}: `python {HERE.name}/main.py` makes one")
-    warnings.simplefilter("ignore", UserWarning)  # torch's, about the odd files refused below
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        config = checkpoint["config"]
-        if config["net"]["image_channels"] != 3:
-            raise ValueError("its net is not for colour")
-        noise_schedule(config["schedule"], config["T"])
-        to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
-        net = UNet(**config["net"]).to(device, memory_format=layout(device)).eval()
-        net.load_state_dict(checkpoint["ema"])
-        if missing := {"classes", "data", "history", "step"} - checkpoint.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        if not (type(checkpoint["step"]) is type(config["T"]) is int
-                and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
-                and all(len(row[3]) == BINS for row in checkpoint["history"])):
-            raise ValueError("its step, T, classes or history are not those of a run")
-        if not all(p.isfinite().all() for p in net.parameters()):
-            raise ValueError("its weights are not finite")
-    except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
-        reason = ("it holds more than tensors and plain values" if isinstance(
-            error, pickle.UnpicklingError) else first_line(error))
-        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py: "
-                        f"{reason}") from error
-    return checkpoint, net
-
-
 # ---- Training --------------------------------------------------------------------------------
 def autocast(device):
     """bfloat16 where the processor computes in it (AMX comes with avx512_bf16), else float32."""
@@ -441,7 +331,7 @@ def compiled(net, *example):
         net.zero_grad()
         return fast
     except Exception as error:  # no compiler, no Triton, an old driver: many kinds
-        say(f"torch.compile does not work here, going on without it: {first_line(error)}")
+        print(f"torch.compile does not work here, going on without it: {first_line(error)}")
         return net
 
 
@@ -470,13 +360,14 @@ def train(settings, checkpoint, out, device):
     images, labels = images[RANK::WORLD].to(device), labels[RANK::WORLD].to(device)
     if len(images) == 0:
         raise UserError(f"there are fewer pictures than processes ({WORLD})")
-    torch.manual_seed(settings["seed"])
+    seed = settings["seed"] + RANK * 10**6      # each process draws its own
+    torch.manual_seed(seed)
     resumed = checkpoint is not None and "optimizer" in checkpoint
     if resumed and checkpoint["classes"] != classes:
         raise UserError("the checkpoint was trained on other classes than those of the data")
     config = checkpoint["config"] if checkpoint else {
         "T": T, "schedule": SCHEDULE, "target": TARGET,
-        "net": {"image_channels": 3, "size": settings["size"], "classes": len(classes),
+        "net": {"image_channels": COLOURS, "size": settings["size"], "classes": len(classes),
                 "channels": [settings["width"] * m for m in settings["multipliers"]],
                 "blocks": settings["blocks"], "attention": ATTENTION,
                 "dropout": settings["dropout"]}}
@@ -499,7 +390,7 @@ def train(settings, checkpoint, out, device):
             fast = compiled(net, torch.zeros(shape, device=device), zeros, zeros)
     optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
-    step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()
+    step, seconds, history, saved_at, told = 0, 0.0, [], time.monotonic(), False
     tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
     path, older = out / "checkpoint.pt", None
     if resumed:
@@ -512,45 +403,39 @@ def train(settings, checkpoint, out, device):
                           for key in ("exp_avg", "exp_avg_sq")}
             step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
             tally.copy_(checkpoint["tally"])
+            torch.manual_seed(seed + step)      # other draws than before, but on a CPU
+            if RANK == 0:
+                torch.set_rng_state(checkpoint["rng"])  # as if never stopped
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path} cannot be resumed: {first_line(error)}") from error
     elif path.exists():     # another run's: it steps aside when this one first saves
         older = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
     steps, minutes, B = settings["steps"], settings["minutes"], settings["batch_size"]
     N = B * settings["accumulate"]          # images a step in this process
-    say(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}\n"
-        f"a step: {B} images x accumulate {settings['accumulate']} x {WORLD} processes "
-        f"= {N * WORLD} images")
+    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
+    print(f"a step: {B} images x accumulate {settings['accumulate']} x {WORLD} processes "
+          f"= {N * WORLD} images")
     if WORLD > 1:
         fast = DistributedDataParallel(fast)
-    if resumed or RANK > 0:     # other draws than before, and in each process its own
-        torch.manual_seed(settings["seed"] + RANK * 10**6 + step)
-    if resumed and RANK == 0:   # but on a CPU as if never stopped
-        torch.set_rng_state(checkpoint["rng"])
-    mark = None
     started, stop = time.monotonic() - seconds, []
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
 
     def progress():
-        """(share of the run that is done, whether to stop), as the first process sees it."""
         done = min((time.monotonic() - started) / (60 * minutes) if minutes else step / steps, 1)
-        both = torch.tensor([done, bool(stop)], dtype=torch.float64)
-        if WORLD > 1:
+        if WORLD > 1:   # the first process's clock and its Ctrl-C count
+            both = torch.tensor([done, bool(stop)], dtype=torch.float64)
             dist.broadcast(both, 0)
-        return both.tolist()
+            done, stop[:] = both[0].item(), ["Ctrl-C"] * int(both[1])
+        return done
 
     def estimate(done):
-        """Once, when 5 seconds have shown how fast it goes: what the whole run will take."""
-        nonlocal mark
-        if mark is None:
-            mark = time.monotonic(), step, done  # after the first step, which compiles and tunes
-        elif mark and time.monotonic() - mark[0] > 5:
-            took = time.monotonic() - mark[0]
-            rate, left = (step - mark[1]) * N * WORLD / took, took * (1 - done) / (done - mark[2])
-            say(f"{rate:.1f} images/s: {left / 3600:.1f} hours to go")
-            if device.type == "cpu" and left > 86400:
-                say(f"that is {left / 86400:.0f} days; this takes hours: {SMALL}")
-            mark = False
+        """What the whole run will take, from how it went so far."""
+        rate = (bar.n - bar.initial) / bar.format_dict["elapsed"]
+        left = 60 * minutes * (1 - done) if minutes else (bar.total - bar.n) / rate
+        tqdm.write(f"{rate:.1f} images/s: {left / 3600:.1f} hours to go")
+        if device.type == "cpu" and left > 86400:
+            tqdm.write(f"that is {left / 86400:.0f} days; this takes hours: {SMALL}")
+        return True
 
     def log(done):
         total, count = tally.cpu()
@@ -564,11 +449,13 @@ def train(settings, checkpoint, out, device):
 
     def save():
         nonlocal older
+        if RANK > 0:
+            return
         if not all(p.isfinite().all() for p in net.parameters()):
             raise UserError(NOT_FINITE.format(step))
         if older:
             path.rename(older)
-            say(f"the checkpoint that was there is now {older}")
+            tqdm.write(f"the checkpoint that was there is now {older}")
             older = None
         save_checkpoint({
             "config": config, "classes": classes, "data": source, "settings": settings,
@@ -579,8 +466,7 @@ def train(settings, checkpoint, out, device):
             "torch": str(torch.__version__)}, path)
         # a picture from the same noise every time: one column a class
         y = torch.arange(min(len(classes), 10)).repeat(2).to(device)
-        shape = 3, config["net"]["size"], config["net"]["size"]
-        noise = torch.randn(len(y), *shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(len(y), *images.shape[1:], generator=torch.Generator().manual_seed(0))
         *_, (_, x_0, _) = sample(ema, noise.to(device), y, alpha_bar, config["target"],
                                  settings["sample_steps"],
                                  generator=torch.Generator(device).manual_seed(0))
@@ -589,10 +475,7 @@ def train(settings, checkpoint, out, device):
 
     with tqdm(total=N * WORLD * (steps or 0), initial=N * WORLD * step, unit=" images",
               unit_scale=True, disable=RANK > 0) as bar:
-        while True:
-            done, stopped = progress()
-            if done == 1 or stopped:
-                break
+        while (done := progress()) < 1 and not stop:
             # Algorithm 1: draw images with their classes, noise levels and noise
             i = torch.randint(len(images), (N,), device=device)
             x_0 = images[i].float() / 127.5 - 1
@@ -605,15 +488,14 @@ def train(settings, checkpoint, out, device):
             x_t = q_sample(x_0, t, eps, a)
             goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
             optimizer.zero_grad()
-            for k in range(0, N, B):        # B images at a time: their gradients add up
-                part, last = slice(k, k + B), k + B == N
-                with nullcontext() if WORLD == 1 or last else fast.no_sync():
-                    # predict
-                    with autocast(device):
-                        output = fast(x_t[part], t[part], y[part])
-                    losses = (output.float() - goal[part]).square().mean(dim=(1, 2, 3))  # (B,)
-                    # descend
-                    (losses.sum() / N).backward()
+            for k in range(0, N, B):    # B images at a time: their gradients add up
+                part = slice(k, k + B)
+                # predict
+                with autocast(device):
+                    output = fast(x_t[part], t[part], y[part])
+                losses = (output.float() - goal[part]).square().mean(dim=(1, 2, 3))  # (B,)
+                # descend
+                (losses.sum() / N).backward()
                 tally.index_add_(1, t[part] * BINS // config["T"],
                                  torch.stack([losses.detach(), torch.ones_like(losses)]))
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -626,34 +508,130 @@ def train(settings, checkpoint, out, device):
             average(list(ema.parameters()), list(net.parameters()), step)
             step += 1
             bar.update(N * WORLD)
-            if RANK > 0:
-                continue
-            estimate(done)
+            told = told or bar.format_dict["elapsed"] > 5 and estimate(done)
             if step % LOG_EVERY == 0:
                 log(done)
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
                 saved_at = time.monotonic()
-    if RANK == 0:
-        if not stopped and tally[1].any():
+        if not stop and tally[1].any():
             log(done)
         save()
     if WORLD > 1:
         dist.barrier()  # the first process has saved
         dist.destroy_process_group()
     here = near(out)
-    if stopped:
-        say(f"stopped at step {step}, saved in {here}: --resume goes on from there")
+    if stop:
+        print(f"stopped at step {step}, saved in {here}: --resume goes on from there")
         return 130
-    if RANK == 0:
-        print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\n"
-              f"loss: {history[-1][2]:.4f}\n"
-              f"checkpoint: {here}/checkpoint.pt (and {here}/samples)\n"
-              f"next: python {near(HERE)}/visual.py --checkpoint {here}/checkpoint.pt")
+    print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\n"
+          f"loss: {history[-1][2]:.4f}\n"
+          f"checkpoint: {here}/checkpoint.pt (and {here}/samples)\n"
+          f"next: python {near(HERE)}/visual.py --checkpoint {here}/checkpoint.pt")
     return 0
 
 
-# ---- Command line ----------------------------------------------------------------------------
+# ==== Below: files, flags and failures; nothing about diffusion ===============================
+def load_folder(root, size):
+    """Pictures of any kind and size, cropped to a centred square and resized to size x size."""
+    try:
+        folder = torchvision.datasets.ImageFolder(root, allow_empty=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{root} holds neither cifar-10-batches-py nor one sub-folder of pictures "
+                        f"a class: {first_line(error)}") from error
+    images, labels, skipped = [], [], 0
+    warnings.filterwarnings("ignore", module="PIL")     # about odd files
+    for path, label in tqdm(folder.samples, desc="reading pictures", unit="", disable=RANK > 0):
+        try:
+            with Image.open(path) as image:
+                if image.mode[0] in "IF":   # 16 bits or more a pixel: PIL would cut them off
+                    raise ValueError(image.mode)
+                image.draft("RGB", (2 * size, 2 * size))    # decodes a large JPEG at a fraction
+                square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), (size, size))
+            white = Image.new("RGBA", square.size, "white")  # seen through what is transparent
+            images.append(pil_to_tensor(Image.alpha_composite(white, square).convert("RGB")))
+            labels.append(label)
+        except Exception:  # PIL raises whatever a damaged file makes it raise
+            skipped += 1
+    if skipped:
+        print(f"{skipped} of {len(folder.samples)} files in {root} could not be read: skipped")
+    if not images:
+        raise UserError(f"not one picture in {root} could be read")
+    found, labels = torch.tensor(labels).unique(return_inverse=True)
+    classes = [folder.classes[label] for label in found]    # those with a picture in them
+    return (torch.stack(images), labels, classes,
+            f"{root.name}, {len(images):,} pictures in {len(classes)} classes")
+
+
+def download(root):
+    """CIFAR-10 into root, from the first mirror that delivers it whole (by its MD5).
+
+    An archive that lies there already is used. Raises UserError if no mirror delivers.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    socket.setdefaulttimeout(PATIENCE)
+    archive = root / ARCHIVE
+    for url in MIRRORS:
+        if check_integrity(archive, ARCHIVE_MD5):
+            break
+        print(f"downloading {url}")
+        try:
+            torch.hub.download_url_to_file(url, archive)
+            if not check_integrity(archive, ARCHIVE_MD5):
+                raise ValueError(f"{archive.stat().st_size:,} bytes came, and not the right ones")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            print(f"  failed: {first_line(error)}")
+    if not check_integrity(archive, ARCHIVE_MD5):
+        archive.unlink(missing_ok=True)
+        raise UserError(f"CIFAR-10 could not be downloaded: put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, "
+                        f"MD5 {ARCHIVE_MD5}) into {root}, or give pictures of your own by --data")
+    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as part:
+        extract_archive(archive, part)
+        os.replace(Path(part) / "cifar-10-batches-py", root / "cifar-10-batches-py")
+
+
+def save_checkpoint(checkpoint, path):
+    """Write atomically: at any moment `path` holds the old file or the new one, whole."""
+    buffer, part = io.BytesIO(), path.with_suffix(".part")
+    torch.save(checkpoint, buffer)
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot save {path}, the old one is kept: {error.strerror}") from error
+
+
+def load_checkpoint(path, device="cpu"):
+    """(checkpoint, EMA net in eval mode). Raises UserError unless the file is one of this script's.
+
+    weights_only=True: tensors and plain types are read, code in the file is never run.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}: `python {HERE.name}/main.py` makes one")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # torch's, about odd files
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+        config = checkpoint["config"]
+        noise_schedule(config["schedule"], config["T"])
+        to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
+        net = UNet(**config["net"]).to(device, memory_format=layout(device)).eval()
+        net.load_state_dict(checkpoint["ema"])
+        whole = (config["net"]["image_channels"] == COLOURS and "data" in checkpoint
+                 and type(checkpoint["step"]) is type(config["T"]) is int
+                 and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
+                 and all(len(row[3]) == BINS for row in checkpoint["history"])
+                 and all(p.isfinite().all() for p in net.parameters()))
+    except Exception:  # whatever a damaged, foreign or hostile file makes torch raise
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py")
+    return checkpoint, net
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -662,23 +640,20 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high):
     """An argparse type: a number of this kind from low to high, both included."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text!r}")
+        if not low <= (value := kind(text)) <= high:
+            raise ValueError
         return value
+    parse.__name__ = f"number, {low} to {high},"     # argparse: invalid number, 1 to 9, value: '0'
     return parse
 
 
 def pick_device(name):
     """torch.device for auto, cuda, mps or cpu. Raises UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available() and WORLD == 1, "cpu": True}
-    if name == "auto":
-        name = next(device for device, available in there.items() if available)
-    if not there[name]:
+    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
+    if WORLD > 1 and "mps" in there:    # no backend of torch.distributed knows it
+        there.remove("mps")
+    name = there[0] if name == "auto" else name
+    if name not in there:
         raise UserError(f"--device {name}: this machine or this torch has none; try --device cpu")
     if name == "cuda" and WORLD > 1:
         if LOCAL_RANK >= torch.cuda.device_count():
@@ -686,12 +661,6 @@ def pick_device(name):
         torch.cuda.set_device(LOCAL_RANK)
         return torch.device("cuda", LOCAL_RANK)
     return torch.device(name)
-
-
-def say(line):
-    """Print, but once if there are many processes."""
-    if RANK == 0:
-        tqdm.write(line)
 
 
 def near(path):
@@ -761,6 +730,8 @@ def main():
     add("--dry-run", action="store_true",
         help="the whole path in seconds, on made-up pictures [into dry-run/ here]")
     args = parser.parse_args()
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")      # the first process speaks for all
     device = pick_device(args.device)
     out = args.out or HERE / ("dry-run" if args.dry_run else "runs")
     path, checkpoint = out / "checkpoint.pt", None
@@ -779,7 +750,7 @@ def main():
         if not {"model", "optimizer", "rng", "settings", "tally"} <= checkpoint.keys():
             raise UserError(f"{path} holds a net to sample from, not a run to resume: try --init")
         settings |= checkpoint["settings"]
-        say(f"resuming {path} at step {checkpoint['step']}: {settings}")
+        print(f"resuming {path} at step {checkpoint['step']}: {settings}")
     if args.init:
         checkpoint, _ = load_checkpoint(args.init)
         checkpoint = {key: checkpoint[key] for key in ("config", "classes", "ema")}

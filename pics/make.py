@@ -35,23 +35,28 @@ def model_of(folder, data):
 
 
 def save(figure, name):
-    """As a PNG of 256 colours, a third of the size."""
+    """As a PNG: a grey one in 256 shades, a third of the size."""
     figure.canvas.draw()
     page = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
-    page.quantize(256, dither=Image.Dither.NONE).save(PICS / name, optimize=True)
+    if not name.startswith("cifar10"):
+        page = page.quantize(256, dither=Image.Dither.NONE)
+    page.save(PICS / name, optimize=True)
     plt.close(figure)
     print(name, (PICS / name).stat().st_size)
 
 
 def sculptor(model):
-    """One digit, freed from its block: x_t at eight levels, large."""
+    """One digit, freed from its block: x_t at eight levels, and what the net sees in it."""
     walk = list(model.walk(torch.tensor([3])))
-    shown = [walk[round(i * (len(walk) - 1) / 7)] for i in range(8)]
-    figure, axes = plt.subplots(1, 8, figsize=(9, 1.45))
-    for axis, (t, x_t, _) in zip(axes, shown):
-        axis.imshow(x_t[0, 0].clamp(-1, 1), cmap="bone", vmin=-1, vmax=1)
-        axis.set_title(f"t = {t + 1}", fontsize=9)
-        axis.axis("off")
+    figure, axes = plt.subplots(2, 8, figsize=(9, 2.6))
+    for column, i in zip(axes.T, torch.linspace(0, len(walk) - 1, 8).round().int()):
+        t, *images = walk[i]
+        for axis, image in zip(column, images):
+            axis.imshow(image[0, 0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
+            axis.set(xticks=[], yticks=[])
+        column[0].set_title(f"t = {t + 1}", fontsize=9)
+    for axis, name in zip(axes[:, 0], ("the block $x_t$", r"the guess $\hat{x}_0$")):
+        axis.set_ylabel(name, fontsize=9)
     return figure
 
 
@@ -85,7 +90,7 @@ def demo(models, rows=2):
         frame = Image.new("RGB", (684, sum(page.height for page in pages)), "white")
         for k, page in enumerate(pages):
             frame.paste(page, (0, k * pages[0].height))
-        frames.append(frame.quantize(64, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(128, dither=Image.Dither.NONE))
     frames[0].save(PICS / "demo.gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[120] * (count - 1) + [2500], optimize=True)
     print("demo.gif", (PICS / "demo.gif").stat().st_size)

@@ -77,7 +77,7 @@ def real(colour, data):
         images, labels, *_ = load("CIFAR10").load_data(data)
         test = torch.arange(len(images)) % 10 == 0
         return images[~test], labels[~test], images[test], labels[test]
-    images, labels, _ = load("MNIST").load_data(data)
+    images, labels, *_ = load("MNIST").load_data(data)
     test = torchvision.datasets.MNIST(data or ROOT / "MNIST/data", train=False)
     return images, labels, test.data[:, None], test.targets
 

@@ -28,7 +28,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def digits(n):
     """n real pictures, uint8 (n, 28, 28)."""
-    images, _, _ = load("MNIST").load_data("embedded")
+    images, *_ = load("MNIST").load_data("embedded")
     return images[::5000 // n, 0].numpy()
 
 

@@ -111,7 +111,7 @@ def test_shipped_weights_draw_the_digit_asked_for(tmp_path):
                   "--n", 50)
     assert process.returncode == 0, process.stderr
     made = np.load(tmp_path / "x.npz")
-    images, labels, _ = load("MNIST").load_data("embedded")
+    images, labels, *_ = load("MNIST").load_data("embedded")
     means = torch.stack([images[labels == y].float().mean(0).flatten() for y in range(10)])
     guess = torch.cdist(torch.from_numpy(made["images"]).float().flatten(1), means).argmin(1)
     assert (guess.numpy() == made["labels"]).mean() > 0.6  # real digits: 0.81
@@ -222,7 +222,7 @@ def write_idx(folder, images, labels, name="train"):
 @pytest.fixture
 def mnist(tmp_path):
     """A small folder in MNIST's layout, of real digits."""
-    images, labels, _ = load("MNIST").load_data("embedded")
+    images, labels, *_ = load("MNIST").load_data("embedded")
     for name in ("train", "t10k"):
         write_idx(tmp_path / "MNIST/raw", images[::50, 0].numpy(), labels[::50].byte().numpy(),
                   name)
@@ -230,7 +230,7 @@ def mnist(tmp_path):
 
 
 def test_embedded_digits_are_the_real_ones_in_order():
-    images, labels, source = load("MNIST").load_data("embedded")
+    images, labels, _, source = load("MNIST").load_data("embedded")
     assert images.shape == (5000, 1, 28, 28) and images.dtype == torch.uint8
     assert labels.bincount().tolist() == [500] * 10 and "5,000" in source
     means = torch.stack([images[labels == y].float().mean(0).flatten() for y in range(10)])
