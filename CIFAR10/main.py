@@ -703,7 +703,7 @@ def main():
     length("--steps", type=number(int, 1, 10**8),
         help=f"optimizer steps: the same seed, the same result [{STEPS}]")
     length("--minutes", type=number(float, 0.01, 10**6),
-        help="train for this long instead, all legs of a resumed run together")
+        help="train for this long instead, all parts of a resumed run together")
     add("--batch-size", type=number(int, 1, 10**6), help=f"images at a time [{BATCH_SIZE}]")
     add("--accumulate", type=number(int, 1, 10**6),
         help="add up the gradients of this many batches for one step [1]")

@@ -572,7 +572,7 @@ def main():
     length("--steps", type=number(int, 1, 10**8),
         help="train for this many optimizer steps instead: the same seed, the same result")
     length("--minutes", type=number(float, 0.01, 10**6),
-        help=f"train for this long, all legs of a resumed run together [{MINUTES}]")
+        help=f"train for this long, all parts of a resumed run together [{MINUTES}]")
     add("--batch-size", type=number(int, 1, 10**6), help=f"images a step [{BATCH_SIZE}]")
     add("--width", type=number(int, 4, 4096),
         help=f"channels at full resolution, the others in proportion [{CHANNELS[0]}]")
