@@ -421,12 +421,12 @@ def train(settings, checkpoint, out, device):
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
 
     def progress():
-        done = min((time.monotonic() - started) / (60 * minutes) if minutes else step / steps, 1)
-        if WORLD > 1:   # the first process's clock and its Ctrl-C count
-            both = torch.tensor([done, bool(stop)], dtype=torch.float64)
-            dist.broadcast(both, 0)
-            done, stop[:] = both[0].item(), ["Ctrl-C"] * int(both[1])
-        return done
+        """The share of the run that is done, or 2 after Ctrl-C."""
+        share = (time.monotonic() - started) / (60 * minutes) if minutes else step / steps
+        done = torch.tensor(2 if stop else min(share, 1), dtype=torch.float64)
+        if WORLD > 1:
+            dist.broadcast(done, 0)     # the first process's clock and its Ctrl-C count
+        return done.item()
 
     def estimate(done):
         """What the whole run will take, from how it went so far."""
@@ -475,7 +475,7 @@ def train(settings, checkpoint, out, device):
 
     with tqdm(total=N * WORLD * (steps or 0), initial=N * WORLD * step, unit=" images",
               unit_scale=True, disable=RANK > 0) as bar:
-        while (done := progress()) < 1 and not stop:
+        while (done := progress()) < 1:
             # Algorithm 1: draw images with their classes, noise levels and noise
             i = torch.randint(len(images), (N,), device=device)
             x_0 = images[i].float() / 127.5 - 1
@@ -514,14 +514,14 @@ def train(settings, checkpoint, out, device):
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
                 saved_at = time.monotonic()
-        if not stop and tally[1].any():
+        if done == 1 and tally[1].any():
             log(done)
         save()
     if WORLD > 1:
         dist.barrier()  # the first process has saved
         dist.destroy_process_group()
     here = near(out)
-    if stop:
+    if done == 2:
         print(f"stopped at step {step}, saved in {here}: --resume goes on from there")
         return 130
     print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\n"

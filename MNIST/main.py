@@ -346,7 +346,9 @@ def train(settings, checkpoint, out, device):
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
 
     def progress():
-        return min((time.monotonic() - started) / (60 * minutes) if minutes else step / steps, 1)
+        """The share of the run that is done, or 2 after Ctrl-C."""
+        share = (time.monotonic() - started) / (60 * minutes) if minutes else step / steps
+        return 2 if stop else min(share, 1)
 
     def log(done):
         total, count = tally.cpu()
@@ -383,7 +385,7 @@ def train(settings, checkpoint, out, device):
                                      normalize=True, value_range=(-1, 1))
 
     with tqdm(total=N * (steps or 0), initial=N * step, unit=" images", unit_scale=True) as bar:
-        while (done := progress()) < 1 and not stop:
+        while (done := progress()) < 1:
             # Algorithm 1: draw images with their classes, noise levels and noise
             i = torch.randint(len(images), (N,), device=device)
             x_0 = images[i].float() / 127.5 - 1
@@ -416,11 +418,11 @@ def train(settings, checkpoint, out, device):
             if time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
                 saved_at = time.monotonic()
-        if not stop and tally[1].any():
+        if done == 1 and tally[1].any():
             log(done)
         save()
     here = near(out)
-    if stop:
+    if done == 2:
         print(f"stopped at step {step}, saved in {here}: --resume goes on from there")
         return 130
     print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\n"
