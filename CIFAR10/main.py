@@ -9,7 +9,7 @@ Method: DDPM (Ho et al. 2020, arXiv:2006.11239) with the cosine schedule (Nichol
 arXiv:2102.09672), the DDIM sampler (Song et al. 2021, arXiv:2010.02502), the v target (Salimans &
 Ho 2022, arXiv:2202.00512) and classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
 Symbols are the papers': x_0 an image in [-1, 1], t the noise level, x_t the image at that level,
-eps the noise in it, y the class, a hat for what the net believes. Code t = 0..T-1 is paper t + 1.
+eps the noise in it, y the class, a hat for what the net believes. The papers' t is code t + 1.
 The default net has not been timed on a GPU yet; pretrained.pt is a small one: 158 minutes on a CPU.
 """
 import argparse
@@ -55,7 +55,7 @@ LR = 2e-4               # peak learning rate: WARMUP steps up to it, then half a
 WARMUP = 500
 EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last thirtieth of the run
 SAMPLE_STEPS = 50       # sampler: noise levels visited, 1..T; guidance asks the net twice at each
-ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
+ETA = 0.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
 GUIDANCE = 1.0          # w of classifier-free guidance; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 300      # between two checkpoints, each with a grid of samples
