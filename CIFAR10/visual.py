@@ -240,7 +240,7 @@ def loss(model):
     late = torch.tensor([row[3] for row in rows[-max(1, len(rows) // 5):]]).nanmean(0)
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
     left.plot(step, value, marker="." if len(step) < 3 else None)
-    left.set(xlabel="step", ylabel=f"loss ({model.target} target)", yscale="log",
+    left.set(xlabel="step", ylabel=f"loss ({model.target} target)", ylim=(0, None),
              title="Loss while training")
     right.bar(np.arange(BINS), late, width=0.9, align="edge")
     right.set_xticks(np.arange(0, BINS + 1, 5), [f"{i * len(model.alpha_bar) // BINS}"
