@@ -242,6 +242,7 @@ def loss(model):
     left.plot(step, value, marker="." if len(step) < 3 else None)
     left.set(xlabel="step", ylabel=f"loss ({model.target} target)", ylim=(0, None),
              title="Loss while training")
+    left.locator_params(axis="x", nbins=5)
     right.bar(np.arange(BINS), late, width=0.9, align="edge")
     right.set_xticks(np.arange(0, BINS + 1, 5), [f"{i * len(model.alpha_bar) // BINS}"
                                                 for i in range(0, BINS + 1, 5)])
