@@ -254,8 +254,8 @@ class UNet(nn.Module):
                                  zero_init(nn.Conv2d(width, image_channels, 3, padding=1)))
 
     def forward(self, x_t, t, y):
-        waves = torch.arange(self.waves, device=t.device) / self.waves
-        angles = t[:, None] * 1e-4 ** waves                 # DDPM, Appendix B
+        frequencies = 1e-4 ** (torch.arange(self.waves, device=t.device) / self.waves)
+        angles = t[:, None] * frequencies                   # DDPM, Appendix B
         emb = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         emb = F.silu(emb + self.label(y + 1))
         h, skips = x_t, []
@@ -385,9 +385,9 @@ def train(settings, checkpoint, out, device):
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves to float32
         if settings["compile"]:
-            shape = settings["batch_size"], 3, settings["size"], settings["size"]
-            zeros = torch.zeros(shape[0], dtype=torch.int64, device=device)
-            fast = compiled(net, torch.zeros(shape, device=device), zeros, zeros)
+            x_t = torch.zeros(settings["batch_size"], *images.shape[1:], device=device)
+            zeros = torch.zeros(len(x_t), dtype=torch.int64, device=device)
+            fast = compiled(net, x_t, zeros, zeros)
     optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at, told = 0, 0.0, [], time.monotonic(), False

@@ -230,14 +230,15 @@ class UNet(nn.Module):
                                  zero_init(nn.Conv2d(width, image_channels, 3, padding=1)))
 
     def forward(self, x_t, t, y):
-        waves = torch.arange(self.waves, device=t.device) / self.waves
-        angles = t[:, None] * 1e-4 ** waves                 # DDPM, Appendix B
+        frequencies = 1e-4 ** (torch.arange(self.waves, device=t.device) / self.waves)
+        angles = t[:, None] * frequencies                   # DDPM, Appendix B
         emb = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         emb = F.silu(emb + self.label(y + 1))
         h, skips = self.stem(x_t), []
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, Block) else layer(h)
-            skips += [h] if isinstance(layer, Block) else []
+            if isinstance(layer, Block):
+                skips.append(h)
         for layer in self.middle:
             h = layer(h, emb)
         for layer in self.up:
