@@ -131,7 +131,7 @@ def start(out, *args, script=MAIN):
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE,
                                stdout=subprocess.DEVNULL)
     seen = b""
-    while not re.search(rb"\d images/s", seen):
+    while not re.search(rb"\d( images/s|s/ images)", seen):  # tqdm below 1/s: s/ images
         byte = process.stderr.read(1)
         assert byte, seen
         seen += byte
