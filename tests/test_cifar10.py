@@ -206,7 +206,7 @@ def test_a_killed_process_ends_the_others_and_spares_the_checkpoint(tmp_path):
     process = subprocess.Popen([*TORCHRUN, MAIN, "--resume", "--steps", "99999", "--out", tmp_path],
                                cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     seen = ""
-    while not re.search(r"\d images/s", seen):
+    while not re.search(r"\d( images/s|s/ images)", seen):
         seen += process.stderr.read(1)
     children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True,
                               capture_output=True).stdout.split()
