@@ -100,7 +100,7 @@ def test_figures_of_data_with_other_classes_or_too_few_pictures(dry, pictures, t
 def test_shipped_weights_draw_pictures_not_noise(tmp_path):
     """pretrained.pt: neighbouring pixels are alike, as in pictures, and no two pictures are."""
     process = run(VISUAL, "--checkpoint", "CIFAR10/pretrained.pt", "--export", tmp_path / "x.npz",
-                  "--n", 10)
+                  "--n", 5)
     assert process.returncode == 0, process.stderr
     made = torch.from_numpy(np.load(tmp_path / "x.npz")["images"]).float()
     for a, b in ((made[:, 1:], made[:, :-1]), (made[:, :, 1:], made[:, :, :-1])):

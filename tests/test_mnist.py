@@ -40,9 +40,9 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
-    """The folder of a dry run."""
+    """The folder of a dry run, with a narrow net that draws its figures sooner."""
     out = tmp_path_factory.mktemp("dry")
-    process = run(MAIN, "--dry-run", "--out", out)
+    process = run(MAIN, "--dry-run", "--width", 8, "--out", out)
     assert process.returncode == 0, process.stderr
     return out
 
@@ -74,7 +74,7 @@ def test_it_learns_and_outputs_land_beside_the_script(tmp_path):
     """A folder copied elsewhere and run from within: the loss falls well below its start."""
     shutil.copytree(ROOT / "MNIST", tmp_path / "copy", ignore=shutil.ignore_patterns(
         "data", "runs", "dry-run", "figures", "*.pt", "__pycache__"))
-    process = subprocess.run([sys.executable, "main.py", "--data", "embedded", "--steps", "200"],
+    process = subprocess.run([sys.executable, "main.py", "--data", "embedded", "--steps", "150"],
                              cwd=tmp_path / "copy", capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     history = torch.load(tmp_path / "copy/runs/checkpoint.pt", weights_only=True)["history"]
@@ -139,15 +139,15 @@ def start(out, *args, script=MAIN):
 
 
 def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(tmp_path):
-    process = start(tmp_path / "a", "--steps", 120)
+    process = start(tmp_path / "a", "--steps", 80)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
     stopped = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)["step"]
-    assert 0 < stopped < 120
-    resumed = run(MAIN, "--resume", "--out", tmp_path / "a")
+    assert 0 < stopped < 80
+    resumed = call(MAIN, "--resume", "--out", tmp_path / "a")
     assert resumed.returncode == 0 and f"at step {stopped}" in resumed.stdout
-    assert train(tmp_path / "b", "--steps", 120).returncode == 0
+    assert trial(tmp_path / "b", "--steps", 80).returncode == 0
     assert same(tmp_path / "a", tmp_path / "b")
 
 
@@ -178,16 +178,16 @@ def test_kill_leaves_a_whole_checkpoint(tmp_path):
     process.kill()
     process.communicate()
     step = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["step"]
-    assert run(MAIN, "--resume", "--steps", step + 5, "--out", tmp_path / "out").returncode == 0
+    assert call(MAIN, "--resume", "--steps", step + 5, "--out", tmp_path / "out").returncode == 0
 
 
 def test_minutes_are_kept_and_an_old_checkpoint_too(tmp_path):
     process = train(tmp_path, "--minutes", 0.05)
     assert process.returncode == 0, process.stderr
     assert 3 <= torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"][-1][1] < 10
-    again = run(MAIN, "--resume", "--out", tmp_path)    # a finished run has nothing left to do
+    again = call(MAIN, "--resume", "--out", tmp_path)   # a finished run has nothing left to do
     assert again.returncode == 0, again.stderr
-    assert train(tmp_path, "--steps", 2).returncode == 0
+    assert trial(tmp_path, "--steps", 2).returncode == 0
     assert len(list(tmp_path.glob("checkpoint*.pt"))) == 2
     assert fails(trial(tmp_path, "--steps", 2, "--data", tmp_path / "nowhere"), "nowhere")
     assert len(list(tmp_path.glob("checkpoint*.pt"))) == 2  # a mistake moves nothing
