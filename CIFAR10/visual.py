@@ -257,7 +257,8 @@ FIGURES = {f.__name__: f for f in (reverse, grid, steps, guidance, loss, forward
 
 def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
-    if path.suffix != ".npz" or path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
+    place = path if path.exists() else path.resolve().parent
+    if path.suffix != ".npz" or path.is_dir() or not os.access(place, os.W_OK):
         raise UserError(f"--export {path}: give an .npz file in a folder that can be written to")
     y, chunks, seed = model.labels(n), [], model.seed
     for i in tqdm(range(0, n, batch), unit="batch", desc="exporting"):

@@ -606,7 +606,7 @@ def main():
             raise UserError(f"{path} holds a net to sample from, not a run to resume: try --init")
         settings |= checkpoint["settings"]
         print(f"resuming {path} at step {checkpoint['step']}: {settings}")
-    if args.init:
+    if args.init is not None:
         checkpoint, _ = load_checkpoint(args.init)
         checkpoint = {key: checkpoint[key] for key in ("config", "classes", "ema")}
     if args.steps or args.minutes:
