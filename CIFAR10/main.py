@@ -455,7 +455,9 @@ def train(settings, checkpoint, out, device):
             raise UserError(NOT_FINITE.format(step))
         if older:
             path.rename(older)
-            tqdm.write(f"the checkpoint that was there is now {older}")
+            (out / "samples").rename(out / older.stem.replace("checkpoint", "samples"))
+            (out / "samples").mkdir()
+            tqdm.write(f"the checkpoint that was there is now {older}, its samples beside it")
             older = None
         save_checkpoint({
             "config": config, "classes": classes, "data": source, "settings": settings,
@@ -614,22 +616,24 @@ def load_checkpoint(path, device="cpu"):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # torch's, about odd files
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
         noise_schedule(config["schedule"], config["T"])
         to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
-        net = UNet(**config["net"]).to(device, memory_format=layout(device)).eval()
+        net = UNet(**config["net"]).eval()
         net.load_state_dict(checkpoint["ema"])
         whole = (config["net"]["image_channels"] == COLOURS and "data" in checkpoint
                  and type(checkpoint["step"]) is type(config["T"]) is int
                  and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
                  and all(len(row[3]) == BINS for row in checkpoint["history"])
                  and all(p.isfinite().all() for p in net.parameters()))
+    except PermissionError:
+        raise
     except Exception:  # whatever a damaged, foreign or hostile file makes torch raise
         whole = False
     if not whole:
         raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py")
-    return checkpoint, net
+    return checkpoint, net.to(device, memory_format=layout(device))
 
 
 class Parser(argparse.ArgumentParser):
@@ -685,7 +689,7 @@ def run(main):
     except RuntimeError as error:
         if any(word in str(error).lower() for word in NO_MEMORY):
             print("error: out of memory: lower --batch-size, with --accumulate a step sees as many "
-                  "images as before; or take a smaller --width", file=sys.stderr)
+                  "images as before; or take a smaller --width; draw with --device cpu", file=sys.stderr)
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             print(f"error: {OTHER_ENDED} ({first_line(error)})", file=sys.stderr)
         else:

@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-if "--show" not in sys.argv:  # files only: whatever backend the environment names is not needed
+os.environ.pop("MPLBACKEND", None)      # it may not work here; matplotlib finds one that does
+if "--show" not in sys.argv:            # files only: no window
     os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
 import numpy as np
@@ -154,7 +155,10 @@ def forward(model):
     wanted = [model.classes[y] for y in model.labels(3)]
     if missing := set(wanted) - {names[y] for y in labels.unique()}:
         raise UserError(f"{source}: no image of class {missing.pop()} is in it")
-    picks = [(labels == names.index(name)).nonzero()[0].item() for name in wanted]
+    picks = []
+    for k, name in enumerate(wanted):   # the first image of each class, the second if asked again
+        found = (labels == names.index(name)).nonzero()
+        picks.append(found[wanted[:k].count(name) % len(found)].item())
     T = len(model.alpha_bar)
     times = [-1] + [round(T * i / 9) - 1 for i in range(1, 10)]
     figure, (top, bottom) = canvas("The forward process: the same noise under two schedules",
@@ -176,8 +180,8 @@ def forward(model):
 
 
 def grid(model):
-    """Ten images of each class."""
-    y = model.labels(100)
+    """Ten images of each class, or of the first ten."""
+    y = model.labels(10).repeat(10)
     figure, axis = canvas("100 generated images", f"{model.caption}; {model.sampler()}", 10, 10)
     draw(axis, model.images(y), [""] * 10, [model.names[name] for name in y[:10]])
     return figure
@@ -212,17 +216,21 @@ def guidance(model):
 def neighbours(model):
     """Is it copying? Generated images above the training images nearest to them, pixel by pixel."""
     images, _, _, source = load_data(model.data, model.shape[1])
+    count = len(images)
+    if model.checkpoint.get("settings", {}).get("flip", True):
+        images = torch.cat([images, images.flip(3)])    # a mirrored copy is a copy too
     y = model.labels(100)
     made = model.images(y)
 
     def nearest_of(x, k):  # (distance, index) of the k nearest training images, a part at a time
         return torch.cat([torch.cdist(x.flatten(1), part.flatten(1).float() / 127.5 - 1)
                           for part in images.split(5000)], dim=1).topk(k, largest=False)
-    if len(images) < 3:
+    if count < 3:
         raise UserError(f"neighbours needs three training images or more: {source}")
     distance, nearest = nearest_of(made, 3)
-    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(model.seed))[:100]
-    among_real = nearest_of(images[some].float() / 127.5 - 1, 2).values[:, 1]
+    some = torch.randperm(count, generator=torch.Generator().manual_seed(model.seed))[:100]
+    real, i = nearest_of(images[some].float() / 127.5 - 1, 3)
+    among_real = real.where(i % count != some[:, None], torch.inf).amin(1)  # not itself, mirrored
     tiles = [made[:10]] + [images[nearest[:10, k]].float() / 127.5 - 1 for k in range(3)]
     figure, axis = canvas(
         "Is it copying? Generated images and the nearest training images",

@@ -306,6 +306,8 @@ def train(settings, checkpoint, out, device):
     longer finite.
     """
     images, labels, classes, source = load_data(settings["data"])
+    if "embedded" in source:    # also where they stood in: a resumed run stays with them
+        settings["data"] = "embedded"
     images, labels = images.to(device), labels.to(device)
     torch.manual_seed(settings["seed"])
     resumed = checkpoint is not None and "optimizer" in checkpoint
@@ -367,7 +369,9 @@ def train(settings, checkpoint, out, device):
             raise UserError(NOT_FINITE.format(step))
         if older:
             path.rename(older)
-            tqdm.write(f"the checkpoint that was there is now {older}")
+            (out / "samples").rename(out / older.stem.replace("checkpoint", "samples"))
+            (out / "samples").mkdir()
+            tqdm.write(f"the checkpoint that was there is now {older}, its samples beside it")
             older = None
         save_checkpoint({
             "config": config, "classes": classes, "data": source, "settings": settings,
@@ -497,22 +501,24 @@ def load_checkpoint(path, device="cpu"):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # torch's, about odd files
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = checkpoint["config"]
         noise_schedule(config["schedule"], config["T"])
         to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
-        net = UNet(**config["net"]).to(device, memory_format=layout(device)).eval()
+        net = UNet(**config["net"]).eval()
         net.load_state_dict(checkpoint["ema"])
         whole = (config["net"]["image_channels"] == COLOURS and "data" in checkpoint
                  and type(checkpoint["step"]) is type(config["T"]) is int
                  and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
                  and all(len(row[3]) == BINS for row in checkpoint["history"])
                  and all(p.isfinite().all() for p in net.parameters()))
+    except PermissionError:
+        raise
     except Exception:  # whatever a damaged, foreign or hostile file makes torch raise
         whole = False
     if not whole:
         raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py")
-    return checkpoint, net
+    return checkpoint, net.to(device, memory_format=layout(device))
 
 
 class Parser(argparse.ArgumentParser):
@@ -560,7 +566,8 @@ def run(main):
         sys.exit(2)
     except RuntimeError as error:
         if any(word in str(error).lower() for word in NO_MEMORY):
-            print("error: out of memory: lower --batch-size or --width", file=sys.stderr)
+            print("error: out of memory: train with a lower --batch-size or --width, draw with "
+                  "--device cpu", file=sys.stderr)
         else:
             raise
         sys.exit(2)

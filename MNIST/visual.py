@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-if "--show" not in sys.argv:  # files only: whatever backend the environment names is not needed
+os.environ.pop("MPLBACKEND", None)      # it may not work here; matplotlib finds one that does
+if "--show" not in sys.argv:            # files only: no window
     os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
 import numpy as np
@@ -154,7 +155,10 @@ def forward(model):
     wanted = [model.classes[y] for y in model.labels(3)]
     if missing := set(wanted) - {names[y] for y in labels.unique()}:
         raise UserError(f"{source}: no image of class {missing.pop()} is in it")
-    picks = [(labels == names.index(name)).nonzero()[0].item() for name in wanted]
+    picks = []
+    for k, name in enumerate(wanted):   # the first image of each class, the second if asked again
+        found = (labels == names.index(name)).nonzero()
+        picks.append(found[wanted[:k].count(name) % len(found)].item())
     T = len(model.alpha_bar)
     times = [-1] + [round(T * i / 9) - 1 for i in range(1, 10)]
     figure, (top, bottom) = canvas("The forward process: the same noise under two schedules",
@@ -176,8 +180,8 @@ def forward(model):
 
 
 def grid(model):
-    """Ten images of each class."""
-    y = model.labels(100)
+    """Ten images of each class, or of the first ten."""
+    y = model.labels(10).repeat(10)
     figure, axis = canvas("100 generated images", f"{model.caption}; {model.sampler()}", 10, 10)
     draw(axis, model.images(y), [""] * 10, [model.names[name] for name in y[:10]])
     return figure

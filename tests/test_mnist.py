@@ -189,6 +189,8 @@ def test_minutes_are_kept_and_an_old_checkpoint_too(tmp_path):
     assert again.returncode == 0, again.stderr
     assert trial(tmp_path, "--steps", 2).returncode == 0
     assert len(list(tmp_path.glob("checkpoint*.pt"))) == 2
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["000002.png"]
+    assert [*next(tmp_path.glob("samples-*")).iterdir()]
     assert fails(trial(tmp_path, "--steps", 2, "--data", tmp_path / "nowhere"), "nowhere")
     assert len(list(tmp_path.glob("checkpoint*.pt"))) == 2  # a mistake moves nothing
 
@@ -313,7 +315,8 @@ def test_a_dead_host_means_the_embedded_digits_and_says_so(tmp_path):
                   env=os.environ | proxy("http://127.0.0.1:9"))
     assert process.returncode == 0, process.stderr
     assert "could not be downloaded" in process.stdout
-    assert "embedded" in torch.load(tmp_path / "runs/checkpoint.pt", weights_only=True)["data"]
+    checkpoint = torch.load(tmp_path / "runs/checkpoint.pt", weights_only=True)
+    assert "embedded" in checkpoint["data"] and checkpoint["settings"]["data"] == "embedded"
 
 
 # ---- checkpoints ----
