@@ -689,7 +689,8 @@ def run(main):
     except RuntimeError as error:
         if any(word in str(error).lower() for word in NO_MEMORY):
             print("error: out of memory: lower --batch-size, with --accumulate a step sees as many "
-                  "images as before; or take a smaller --width; draw with --device cpu", file=sys.stderr)
+                  "images as before; or take a smaller --width; draw with --device cpu",
+                  file=sys.stderr)
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             print(f"error: {OTHER_ENDED} ({first_line(error)})", file=sys.stderr)
         else:
