@@ -134,6 +134,7 @@ def animate(model, path, n=50):
     walk = list(model.walk(y))
     figure, axes = plt.subplots(1, 2, figsize=(5.6, 5.5), dpi=90)
     names = [model.names[name] for name in y[::n // 10]]
+    level = figure.suptitle("", fontsize=10)
     writer = PillowWriter(fps=8)
     with writer.saving(figure, path, dpi=90):
         for t, *pair in walk:
@@ -141,9 +142,9 @@ def animate(model, path, n=50):
                 axis.clear()
                 draw(axis, images, names, [])
                 axis.set_title(title, fontsize=10)
-            figure.suptitle(paper_t(t), fontsize=10)
+            level.set_text(paper_t(t))
             writer.grab_frame()
-            figure.set_layout_engine("none")     # the first frame's places stay: half the time
+            figure.set_layout_engine("none")    # as the first frame has it: half the time
         for _ in range(12):
             writer.grab_frame()
     plt.close(figure)
