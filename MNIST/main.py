@@ -512,7 +512,7 @@ def load_checkpoint(path, device="cpu"):
                  and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
                  and all(len(row[3]) == BINS for row in checkpoint["history"])
                  and all(p.isfinite().all() for p in net.parameters()))
-    except PermissionError:
+    except PermissionError:     # which says nothing about what is in the file
         raise
     except Exception:  # whatever a damaged, foreign or hostile file makes torch raise
         whole = False
