@@ -681,6 +681,8 @@ def first_line(error):
 
 def run(main):
     """Exit with main's code; with 2 and one line on stderr for what the user can mend."""
+    if isinstance(sys.stdout, io.TextIOWrapper):    # names that this terminal cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except (UserError, OSError) as error:

@@ -104,8 +104,8 @@ def canvas(title, caption, columns, rows, extra=0.0):
 
 
 def plain(text):
-    """Text in which matplotlib sees no formulas."""
-    return text.replace("$", r"\$")
+    """Text in which matplotlib sees no formulas, and no half characters of odd file names."""
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def paper_t(t):

@@ -89,8 +89,9 @@ def load_data(data=None):
         if labels.max() > 9:
             raise ValueError(f"a label is {labels.max()}")
     except Exception as error:  # torchvision's reader raises whatever a damaged file makes it raise
+        reason = first_line(error).split(" You can")[0]     # torchvision: "use download=True"
         raise UserError(f"no whole MNIST in {root / 'MNIST' / 'raw'} (torchvision's layout, four "
-                        f"files, is expected there): {first_line(error)}") from error
+                        f"files, is expected there): {reason}") from error
     return images, labels, CLASSES, f"MNIST, {len(images):,} training digits"
 
 
@@ -559,6 +560,8 @@ def first_line(error):
 
 def run(main):
     """Exit with main's code; with 2 and one line on stderr for what the user can mend."""
+    if isinstance(sys.stdout, io.TextIOWrapper):    # names that this terminal cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main())
     except (UserError, OSError) as error:
