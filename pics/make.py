@@ -108,8 +108,8 @@ def main():
         for name in SHOWN[folder]:
             save(visual.FIGURES[name](model), f"{folder.lower()}-{name}.png")
     save(sculptor(models[0]), "sculptor.png")
-    if (runs := PICS.parent / "MNIST/runs").exists():
-        save(emerging(runs), "mnist-emerging.png")
+    if (PICS.parent / "MNIST/runs/checkpoint.pt").exists():
+        save(emerging(PICS.parent / "MNIST/runs"), "mnist-emerging.png")
     demo(models)
 
 
