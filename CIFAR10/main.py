@@ -46,7 +46,7 @@ TARGET = "v"            # what the net predicts: "v", or "eps" as in the DDPM pa
 SIZE, COLOURS = 32, 3   # pixels a side, and numbers a pixel
 CHANNELS = (128, 256, 256, 256)  # one number a resolution: 32 x 32, 16 x 16, 8 x 8, 4 x 4
 BLOCKS = 2              # residual blocks a resolution on the way down; one more on the way up
-ATTENTION = (16,)       # resolutions whose blocks all have self-attention; the middle has it
+ATTENTION = (16,)       # resolutions whose blocks all have self-attention; the middle always has it
 DROPOUT = 0.1
 LABEL_DROPOUT = 0.1     # share of training images whose class is hidden, for guidance
 STEPS = 200_000         # how long to train; --minutes gives a time instead
@@ -193,7 +193,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions beside a skip; time and class enter as scale and shift between them."""
+    """Two convolutions beside a shortcut; time and class enter as scale and shift between them."""
 
     def __init__(self, c_in, c_out, c_emb, attention, dropout):
         super().__init__()
@@ -213,10 +213,10 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts `TARGET` from x_t. Down to coarse and back up, each layer down kept for the way up.
+    """Predicts `TARGET` from x_t: down to coarse, then up, beside what each layer down gave.
 
     forward(x_t, t, y): x_t (B, C, H, W); t int64 (B,) in 0..T-1; y int64 (B,), a class or NULL;
-    returns (B, C, H, W). H and W are `size`, which each resolution but the last halves.
+    returns (B, C, H, W). H and W are `size`, halved from each resolution to the next.
     """
 
     def __init__(self, image_channels, size, classes, channels, blocks, attention, dropout):
@@ -372,7 +372,7 @@ def train(settings, checkpoint, out, device):
                 "blocks": settings["blocks"], "attention": ATTENTION,
                 "dropout": settings["dropout"]}}
     alpha_bar = noise_schedule(config["schedule"], config["T"])
-    a = alpha_bar.float().to(device)
+    alpha_bar32 = alpha_bar.float().to(device)
     config["net"]["classes"] = len(classes)
     net = UNet(**config["net"]).to(device, memory_format=layout(device))
     if checkpoint:
@@ -391,7 +391,7 @@ def train(settings, checkpoint, out, device):
     optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at, told = 0, 0.0, [], time.monotonic(), False
-    tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
+    tally = torch.zeros(2, BINS, device=device)  # since the last log, by timestep: losses, how many
     path, older = out / "checkpoint.pt", None
     if resumed:
         try:
@@ -403,9 +403,9 @@ def train(settings, checkpoint, out, device):
                           for key in ("exp_avg", "exp_avg_sq")}
             step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
             tally.copy_(checkpoint["tally"])
-            torch.manual_seed(seed + step)      # other draws than before, but on a CPU
+            torch.manual_seed(seed + step)              # a GPU draws anew
             if RANK == 0:
-                torch.set_rng_state(checkpoint["rng"])  # as if never stopped
+                torch.set_rng_state(checkpoint["rng"])  # a CPU goes on as if never stopped
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path} cannot be resumed: {first_line(error)}") from error
     elif path.exists():     # another run's: it steps aside when this one first saves
@@ -487,8 +487,8 @@ def train(settings, checkpoint, out, device):
             y = torch.where(torch.rand(N, device=device) < LABEL_DROPOUT, NULL, labels[i])
             t = torch.randint(config["T"], (N,), device=device)
             eps = torch.randn_like(x_0)
-            x_t = q_sample(x_0, t, eps, a)
-            goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
+            x_t = q_sample(x_0, t, eps, alpha_bar32)
+            goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, alpha_bar32)
             optimizer.zero_grad()
             for k in range(0, N, B):    # B images at a time: their gradients add up
                 part = slice(k, k + B)
@@ -505,7 +505,7 @@ def train(settings, checkpoint, out, device):
             for group in optimizer.param_groups:
                 group["lr"] = settings["lr"] * min((step + 1) / WARMUP, 1) * cosine
             optimizer.step()
-            # average: the EMA's memory grows with the run, up to EMA_DECAY
+            # average: ema = decay * ema + (1 - decay) * net; the decay grows up to EMA_DECAY
             average = get_ema_multi_avg_fn(min((1 + step) / (30 + step), EMA_DECAY))
             average(list(ema.parameters()), list(net.parameters()), step)
             step += 1

@@ -41,7 +41,7 @@ TARGET = "v"            # what the net predicts: "v", or "eps" as in the DDPM pa
 SIZE, COLOURS = 28, 1   # pixels a side, and numbers a pixel
 CHANNELS = (16, 32, 64)  # one number a resolution: 28 x 28, 14 x 14, 7 x 7
 BLOCKS = 1              # residual blocks a resolution, on the way down and on the way up
-ATTENTION = ()          # resolutions whose blocks all have self-attention; the middle has it
+ATTENTION = ()          # resolutions whose blocks all have self-attention; the middle always has it
 DROPOUT = 0.0
 LABEL_DROPOUT = 0.1     # share of training images whose class is hidden, for guidance
 MINUTES = 5.5           # how long to train, on any machine; --steps makes a run repeatable
@@ -174,7 +174,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions beside a skip; time and class enter as scale and shift between them."""
+    """Two convolutions beside a shortcut; time and class enter as scale and shift between them."""
 
     def __init__(self, c_in, c_out, c_emb, attention, dropout):
         super().__init__()
@@ -194,10 +194,10 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts `TARGET` from x_t. Down to coarse and back up, each block beside its mirror image.
+    """Predicts `TARGET` from x_t: down to coarse, then up, adding what each block down gave.
 
     forward(x_t, t, y): x_t (B, C, H, W); t int64 (B,) in 0..T-1; y int64 (B,), a class or NULL;
-    returns (B, C, H, W). H and W are `size`, which each resolution but the last halves.
+    returns (B, C, H, W). H and W are `size`, halved from each resolution to the next.
     """
 
     def __init__(self, image_channels, size, classes, channels, blocks, attention, dropout):
@@ -303,11 +303,11 @@ def train(settings, checkpoint, out, device):
     """Algorithm 1 of DDPM; writes out/checkpoint.pt and out/samples/*.png. Returns the exit code.
 
     settings: steps or minutes, batch_size, lr, seed, data, sample_steps; checkpoint: a run to
-    resume, or config and ema alone to begin with, or None. Raises UserError if the loss is no
-    longer finite.
+    resume, or config, classes and ema alone to begin with, or None. Raises UserError if the loss
+    is no longer finite.
     """
     images, labels, classes, source = load_data(settings["data"])
-    if "embedded" in source:    # also where they stood in: a resumed run stays with them
+    if "embedded" in source:    # after a failed download too: a resumed run stays with them
         settings["data"] = "embedded"
     images, labels = images.to(device), labels.to(device)
     torch.manual_seed(settings["seed"])
@@ -318,7 +318,7 @@ def train(settings, checkpoint, out, device):
                 "channels": [settings["width"] * c // CHANNELS[0] for c in CHANNELS],
                 "blocks": BLOCKS, "attention": ATTENTION, "dropout": DROPOUT}}
     alpha_bar = noise_schedule(config["schedule"], config["T"])
-    a = alpha_bar.float().to(device)
+    alpha_bar32 = alpha_bar.float().to(device)
     net = UNet(**config["net"]).to(device, memory_format=layout(device))
     if checkpoint:
         net.load_state_dict(checkpoint["model" if resumed else "ema"])
@@ -326,7 +326,7 @@ def train(settings, checkpoint, out, device):
     optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at = 0, 0.0, [], time.monotonic()
-    tally = torch.zeros(2, BINS, device=device)  # the losses since the last log, by timestep; count
+    tally = torch.zeros(2, BINS, device=device)  # since the last log, by timestep: losses, how many
     path, older = out / "checkpoint.pt", None
     if resumed:
         try:
@@ -338,8 +338,8 @@ def train(settings, checkpoint, out, device):
                           for key in ("exp_avg", "exp_avg_sq")}
             step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
             tally.copy_(checkpoint["tally"])
-            torch.manual_seed(settings["seed"] + step)      # other draws than before, but on a CPU
-            torch.set_rng_state(checkpoint["rng"])    # as if never stopped
+            torch.manual_seed(settings["seed"] + step)  # a GPU draws anew
+            torch.set_rng_state(checkpoint["rng"])      # a CPU goes on as if never stopped
         except Exception as error:  # whatever a damaged file makes torch raise
             raise UserError(f"{path} cannot be resumed: {first_line(error)}") from error
     elif path.exists():     # another run's: it steps aside when this one first saves
@@ -398,8 +398,8 @@ def train(settings, checkpoint, out, device):
             y = torch.where(torch.rand(N, device=device) < LABEL_DROPOUT, NULL, labels[i])
             t = torch.randint(config["T"], (N,), device=device)
             eps = torch.randn_like(x_0)
-            x_t = q_sample(x_0, t, eps, a)
-            goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, a)
+            x_t = q_sample(x_0, t, eps, alpha_bar32)
+            goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, alpha_bar32)
             optimizer.zero_grad()
             # predict
             with autocast(device):
@@ -414,7 +414,7 @@ def train(settings, checkpoint, out, device):
             for group in optimizer.param_groups:
                 group["lr"] = settings["lr"] * min((step + 1) / WARMUP, 1) * cosine
             optimizer.step()
-            # average: the EMA's memory grows with the run, up to EMA_DECAY
+            # average: ema = decay * ema + (1 - decay) * net; the decay grows up to EMA_DECAY
             average = get_ema_multi_avg_fn(min((1 + step) / (30 + step), EMA_DECAY))
             average(list(ema.parameters()), list(net.parameters()), step)
             step += 1
