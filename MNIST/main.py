@@ -571,6 +571,9 @@ def run(main):
         if any(word in str(error).lower() for word in NO_MEMORY):
             print("error: out of memory: train with a lower --batch-size or --width, draw with "
                   "--device cpu", file=sys.stderr)
+        elif "no kernel image" in str(error):   # CUDA's words
+            print("error: this torch was not built for so old a GPU: try --device cpu",
+                  file=sys.stderr)
         else:
             raise
         sys.exit(2)
@@ -583,7 +586,7 @@ def main():
     add, length, start = (group.add_argument for group in (
         parser, parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()))
     length("--steps", type=number(int, 1, 10**8),
-        help="train for this many optimizer steps instead: the same seed, the same result")
+        help="train for this many optimizer steps instead; on a CPU the same seed, the same result")
     length("--minutes", type=number(float, 0.01, 10**6),
         help=f"train for this long, all parts of a resumed run together [{MINUTES}]")
     add("--batch-size", type=number(int, 1, 10**6), help=f"images a step [{BATCH_SIZE}]")
