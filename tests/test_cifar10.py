@@ -204,10 +204,11 @@ def test_two_processes_train_one_net_and_one_goes_on(tmp_path):
         command = [*TORCHRUN, MAIN, *TINY, "--data", "made-up", "--out", tmp_path / accumulate,
                    "--steps", "3", "--dropout", "0", "--batch-size", batch,
                    "--accumulate", accumulate]
-        process = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True,
+        process = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True,
                                  timeout=240)
         assert process.returncode == 0, process.stderr
-        assert f"{batch} images x accumulate {accumulate} x 2 processes = 16" in process.stdout
+        assert (f"{batch} images x accumulate {accumulate} x 2 processes = 16 images"
+                in process.stdout)
         assert process.stdout.count("seconds:") == 1 and read(tmp_path / accumulate)["step"] == 3
     same_gradients(read(tmp_path / "1"), read(tmp_path / "2"))
     assert call(MAIN, "--resume", "--steps", 5, "--out", tmp_path / "2").returncode == 0
