@@ -52,6 +52,7 @@ EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last t
 SAMPLE_STEPS = 20       # sampler: noise levels visited, 1..T; guidance asks the net twice at each
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
 GUIDANCE = 0.3          # w of classifier-free guidance; 0 is off
+GUIDED = 1.0            # share of the noise levels, from the least noise up, that it acts on
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 30       # between two checkpoints, each with a grid of samples
 
@@ -250,13 +251,14 @@ class UNet(nn.Module):
 # ---- Sampling: the reverse process -----------------------------------------------------------
 @torch.no_grad()
 def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, guidance=GUIDANCE,
-           generator=None):
+           guided=GUIDED, generator=None):
     """Walk from noise x_T (B, C, H, W) to images of the classes y (B,), one yield a level.
 
     Yields (t, x_t, x0_hat) for each visited t, from T-1 down, and last (-1, x_0, x_0).
     net: called as net(x_t, t, y). alpha_bar: float64 (T,). steps: 1..T levels, evenly spaced.
     eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
-    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL).
+    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL); it is 0 at t >= guided * T
+    (Kynkäänniemi et al. 2024, arXiv:2404.07724).
     """
     T, x_t = len(alpha_bar), x_T
     times = [round(T * (1 - i / steps)) - 1 for i in range(steps)] + [-1]
@@ -265,7 +267,8 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, g
         a_prev = alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
         ts = torch.full_like(y, t)
         with autocast(x_t.device):
-            if guidance:  # eps, x_0 and v are affine in each other: guiding one guides all three
+            if guidance and t < guided * T:
+                # eps, x_0 and v are affine in each other: guiding one guides all three
                 both = net(torch.cat([x_t, x_t]), torch.cat([ts, ts]),
                            torch.cat([y, torch.full_like(y, NULL)]))
                 with_y, without_y = both.to(x_t.dtype).chunk(2)

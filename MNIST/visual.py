@@ -23,8 +23,9 @@ from matplotlib.animation import PillowWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from main import (BINS, ETA, GUIDANCE, HERE, SAMPLE_STEPS, Parser, UserError, load_checkpoint,
-                  load_data, noise_schedule, number, pick_device, q_sample, run, sample)
+from main import (BINS, ETA, GUIDANCE, GUIDED, HERE, SAMPLE_STEPS, Parser, UserError,
+                  load_checkpoint, load_data, noise_schedule, number, pick_device, q_sample, run,
+                  sample)
 
 TILE = 0.61             # inches a side of an image in a figure
 plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True})
@@ -33,7 +34,7 @@ plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layo
 class Model:
     """A checkpoint with the sampler settings of the command line: all that a figure needs."""
 
-    def __init__(self, path, device, label, steps, eta, guidance, seed, data):
+    def __init__(self, path, device, label, steps, eta, guidance, guided, seed, data):
         self.checkpoint, self.net = load_checkpoint(path, device)
         config, self.classes = self.checkpoint["config"], self.checkpoint["classes"]
         if label is not None and label not in self.classes:
@@ -42,7 +43,7 @@ class Model:
             raise UserError(f"--steps {steps}: this checkpoint has {config['T']} noise levels")
         self.device, self.label, self.seed = device, label, seed
         self.data = data or self.checkpoint.get("settings", {}).get("data")
-        self.steps, self.eta, self.guidance = steps, eta, guidance
+        self.steps, self.eta, self.guidance, self.guided = steps, eta, guidance, guided
         self.alpha_bar = noise_schedule(config["schedule"], config["T"])
         self.target = config["target"]
         self.shape = (config["net"]["image_channels"], config["net"]["size"], config["net"]["size"])
@@ -57,7 +58,8 @@ class Model:
 
     def walk(self, y, **changes):
         """main.sample from the noise of --seed: yields (t, x_t, x0_hat) on the CPU."""
-        options = {"steps": self.steps, "eta": self.eta, "guidance": self.guidance} | changes
+        options = {"steps": self.steps, "eta": self.eta, "guidance": self.guidance,
+                   "guided": self.guided} | changes
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(len(y), *self.shape, generator=generator).to(self.device)
         generator = torch.Generator(self.device).manual_seed(self.seed + 1)
@@ -73,8 +75,8 @@ class Model:
         return x_0
 
     def sampler(self):
-        return (f"{self.steps} steps, eta = {self.eta:g}, guidance w = {self.guidance:g}, "
-                f"seed {self.seed}")
+        return (f"{self.steps} steps, eta = {self.eta:g}, guidance w = {self.guidance:g} at "
+                f"t < {self.guided * len(self.alpha_bar):g}, seed {self.seed}")
 
 
 def draw(axis, images, row_titles, column_titles):
@@ -207,8 +209,9 @@ def guidance(model):
     """The same noise under more and more guidance: clearer, and less varied."""
     weights = (0, 0.5, 1, 2, 4, 8)
     y = model.labels(10)
-    figure, axis = canvas("The same noise, more guidance", f"{model.caption}; {model.steps} steps",
-                          10, len(weights))
+    figure, axis = canvas("The same noise, more guidance",
+                          f"{model.caption}; {model.steps} steps, w at t < "
+                          f"{model.guided * len(model.alpha_bar):g}", 10, len(weights))
     draw(axis, torch.cat([model.images(y, guidance=w) for w in weights]),
          [f"w = {w:g}" for w in weights], [model.names[name] for name in y])
     return figure
@@ -293,6 +296,8 @@ def main():
         help=f"share of fresh noise: 0 is DDIM, 1 with all steps is DDPM [{ETA:g}]")
     add("--guidance", type=number(float, 0, 100), default=GUIDANCE,
         help=f"w, 0 is off [{GUIDANCE:g}]")
+    add("--guided", type=number(float, 0, 1), default=GUIDED,
+        help=f"share of the noise levels, from the least noise up, that it acts on [{GUIDED:g}]")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of the noise [0]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--checkpoint", type=Path, help="[the newest in runs/, else pretrained.pt]")
@@ -309,7 +314,7 @@ def main():
     names = list(FIGURES) if "all" in names else names
     device, path = pick_device(args.device), args.checkpoint or newest_checkpoint()
     model = Model(path.resolve(), device, args.label, args.steps, args.eta, args.guidance,
-                  args.seed, args.data)
+                  args.guided, args.seed, args.data)
     print(f"checkpoint: {path} ({model.checkpoint['step']} steps on {model.checkpoint['data']})")
     if args.export:
         return export(model, args.export, args.n)

@@ -31,7 +31,7 @@ def model_of(folder, data):
     path = PICS.parent / folder / "pretrained.pt"
     path = path if path.exists() else visual.newest_checkpoint()
     return visual, visual.Model(path, torch.device("cpu"), None, visual.SAMPLE_STEPS, visual.ETA,
-                                visual.GUIDANCE, 0, data)
+                                visual.GUIDANCE, visual.GUIDED, 0, data)
 
 
 def save(figure, name):

@@ -410,7 +410,7 @@ def test_flags_of_main_out_of_range(args, tmp_path):
 
 @pytest.mark.parametrize("args", [
     ["--steps", "0"], ["--steps", "1001"], ["--label", "11"], ["--guidance", "-1"],
-    ["--guidance", "nan"], ["--eta", "2"], ["--n", "0"], ["nonsense"],
+    ["--guidance", "nan"], ["--guided", "2"], ["--eta", "2"], ["--n", "0"], ["nonsense"],
     ["--export", "no/such/folder/x.npz"], ["--export", "MNIST/pretrained.pt"],
     ["all", "nonsense"]])
 def test_flags_of_visual_out_of_range(args, dry, tmp_path):
