@@ -10,7 +10,7 @@ arXiv:2102.09672), the DDIM sampler (Song et al. 2021, arXiv:2010.02502), the v 
 Ho 2022, arXiv:2202.00512) and classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
 Symbols are the papers': x_0 an image in [-1, 1], t the noise level, x_t the image at that level,
 eps the noise in it, y the class, a hat for what the net believes. The papers' t is code t + 1.
-The default net has not been timed on a GPU yet; pretrained.pt is a small one: 347 minutes on a CPU.
+The default net has not been timed on a GPU yet; pretrained.pt is a small one: 489 minutes on a CPU.
 """
 import argparse
 import copy
