@@ -54,7 +54,7 @@ BATCH_SIZE = 128
 LR = 2e-4               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
 WARMUP = 500
 EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last thirtieth of the run
-SAMPLE_STEPS = 50       # sampler: noise levels visited, 1..T; the net is asked twice at a guided one
+SAMPLE_STEPS = 50       # sampler: noise levels visited, 1..T; a guided one asks the net twice
 ETA = 0.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
 GUIDANCE = 1.0          # w of classifier-free guidance; 0 is off
 GUIDED = 0.8            # share of the noise levels, from the least noise up, that it acts on

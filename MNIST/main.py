@@ -49,7 +49,7 @@ BATCH_SIZE = 16
 LR = 4e-3               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
 WARMUP = 100
 EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last thirtieth of the run
-SAMPLE_STEPS = 20       # sampler: noise levels visited, 1..T; the net is asked twice at a guided one
+SAMPLE_STEPS = 20       # sampler: noise levels visited, 1..T; a guided one asks the net twice
 ETA = 1.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
 GUIDANCE = 0.3          # w of classifier-free guidance; 0 is off
 GUIDED = 1.0            # share of the noise levels, from the least noise up, that it acts on
