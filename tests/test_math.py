@@ -173,6 +173,16 @@ def test_unet_starts_at_zero_and_listens_to_x_t_and_y(main):
         assert (base - other).abs().max() > 1e-4
 
 
+def test_adaptive_norm_scales_and_shifts_each_image_on_its_own(main):
+    torch.manual_seed(0)
+    h, scale, shift = torch.randn(3, 24, 5, 5) * 2 + 1, torch.randn(3, 24), torch.randn(3, 24)
+    groups = h.view(3, main.groups(24), -1)
+    variance = groups.var(2, correction=0, keepdim=True)
+    normed = (groups - groups.mean(2, keepdim=True)) / (variance + 1e-5).sqrt()
+    expected = normed.view(h.shape) * scale[:, :, None, None] + shift[:, :, None, None]
+    torch.testing.assert_close(main.adaptive_norm(h, scale, shift), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_attention_is_where_the_config_says(main):
     net = small_net(main)
     sizes = []

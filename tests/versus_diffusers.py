@@ -3,9 +3,9 @@
     pip install diffusers && python tests/versus_diffusers.py
 
 Rounds alternate, so that all meet the same moods of the machine; the medians count. The first two
-run in the same plain loop in float32, the last two as our main.py trains: fused AdamW, bf16 where
-the processor has it, else channels last. So the last against the first is out of the box. Memory
-is what autograd keeps between forward and backward. Does nothing where diffusers is not installed.
+run in the same plain loop in float32, the last two as our main.py trains: fused AdamW, and bf16
+where the processor has it. So the last against the first is out of the box. Memory is what autograd
+keeps between forward and backward. Does nothing where diffusers is not installed.
 """
 import copy
 import statistics
@@ -19,8 +19,6 @@ WIDTHS, BLOCKS, BATCH, ROUNDS = (32, 64, 64, 64), 2, 32, 7
 
 def stepper(net, fast, call, main):
     """A function that makes one training step and returns (seconds, bytes kept)."""
-    if fast:
-        net = net.to(memory_format=main.layout("cpu"))
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=fast or None)
     x, eps = torch.randn(2, BATCH, 3, 32, 32)
     t, y = torch.randint(1000, (BATCH,)), torch.randint(10, (BATCH,))
