@@ -1,24 +1,15 @@
-"""What the tests share: the two main.py as modules, and both scripts as a user runs them."""
-import importlib.util
+"""What the tests share: the two main.py, imported, and both scripts as a user runs them."""
 import io
 import runpy
 import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import pytest
+from loading import ROOT, load
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [path.parent.name for path in sorted(ROOT.glob("*/main.py"))]
-
-
-def load(folder):
-    spec = importlib.util.spec_from_file_location(f"{folder}_main", ROOT / folder / "main.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session", params=FOLDERS)

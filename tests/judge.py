@@ -15,7 +15,7 @@ import argparse
 import numpy as np
 import torch
 import torchvision
-from conftest import ROOT, load
+from loading import ROOT, load
 from torch import nn
 from torch.nn import functional as F
 from tqdm import trange

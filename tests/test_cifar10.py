@@ -17,7 +17,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, fails, load, run
+from conftest import call, fails, run
+from loading import ROOT, load
 from PIL import Image
 
 MAIN, VISUAL = "CIFAR10/main.py", "CIFAR10/visual.py"

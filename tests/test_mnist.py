@@ -15,7 +15,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, fails, load, run
+from conftest import call, fails, run
+from loading import ROOT, load
 
 MAIN, VISUAL = "MNIST/main.py", "MNIST/visual.py"
 FIGURES = ["reverse.png", "reverse.gif", "forward.png", "grid.png", "steps.png", "guidance.png",

@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, load
+from loading import ROOT, load
 
 README = (ROOT / "README.md").read_text()
 RUN = "pip install -r requirements.txt && python MNIST/main.py"

@@ -6,7 +6,7 @@ the joint batch, and the largest element of that.
 import json
 
 import torch
-from conftest import load
+from loading import load
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 

@@ -15,7 +15,7 @@ import statistics
 import time
 
 import torch
-from conftest import load
+from loading import load
 from torch.utils.flop_counter import FlopCounterMode
 
 WIDTHS, BLOCKS, BATCH, ROUNDS = (32, 64, 64, 64), 2, 32, 7
