@@ -97,19 +97,27 @@ def test_ddpm_step_is_the_posterior_by_bayes(main, target):
     assert [t for t, _, _ in frames] == list(range(19, -2, -1))
 
 
-def test_ddim_step_is_equation_12(main):
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_skipping_levels_is_ddim_s_equations_12_and_16(main, eta):
     alpha_bar = main.noise_schedule("linear", 1000)
 
     def net(x_t, t, y):
         return 0.01 * x_t + 0.001 * column(t)
-    frames = walk(main, net, alpha_bar, target="eps", steps=10, eta=0.0)
+    frames = walk(main, net, alpha_bar, target="eps", steps=10, eta=eta,
+                  generator=torch.Generator().manual_seed(5))
+    draws = torch.Generator().manual_seed(5)
     assert [t for t, _, _ in frames] == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, -1]
     for (t, x_t, _), (t_prev, x_prev, _) in zip(frames, frames[1:]):
         a, a_prev = alpha_bar[t], alpha_bar[t_prev] if t_prev >= 0 else torch.tensor(1.0)
         eps = net(x_t, torch.full((3,), t), None)
         x0_hat = ((x_t - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-1, 1)
         eps_hat = (x_t - a.sqrt() * x0_hat) / (1 - a).sqrt()
-        torch.testing.assert_close(x_prev, a_prev.sqrt() * x0_hat + (1 - a_prev).sqrt() * eps_hat)
+        sigma = eta * ((1 - a_prev) / (1 - a)).sqrt() * (1 - a / a_prev).sqrt()
+        expected = a_prev.sqrt() * x0_hat + (1 - a_prev - sigma ** 2).sqrt() * eps_hat
+        if sigma > 0:
+            z = torch.randn(x_t.shape, generator=draws, dtype=torch.float64)
+            expected = expected + sigma * z
+        torch.testing.assert_close(x_prev, expected)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
