@@ -8,6 +8,7 @@
 Takes the newest checkpoint in runs/, else pretrained.pt. The net, the noise schedule and the
 sampler are main.py's own.
 """
+import math
 import os
 import sys
 import time
@@ -76,7 +77,7 @@ class Model:
 
     def sampler(self):
         return (f"{self.steps} steps, eta = {self.eta:g}, guidance w = {self.guidance:g} at "
-                f"t < {self.guided * len(self.alpha_bar):g}, seed {self.seed}")
+                f"t <= {math.ceil(self.guided * len(self.alpha_bar))}, seed {self.seed}")
 
 
 def draw(axis, images, row_titles, column_titles):
@@ -210,8 +211,8 @@ def guidance(model):
     weights = (0, 0.5, 1, 2, 4, 8)
     y = model.labels(10)
     figure, axis = canvas("The same noise, more guidance",
-                          f"{model.caption}; {model.steps} steps, w at t < "
-                          f"{model.guided * len(model.alpha_bar):g}", 10, len(weights))
+                          f"{model.caption}; {model.steps} steps, w at t <= "
+                          f"{math.ceil(model.guided * len(model.alpha_bar))}", 10, len(weights))
     draw(axis, torch.cat([model.images(y, guidance=w) for w in weights]),
          [f"w = {w:g}" for w in weights], [model.names[name] for name in y])
     return figure
