@@ -153,8 +153,8 @@ def adaptive_norm(h, scale, shift):
     """Group norm of h (B, C, H, W), then each image's own scale and shift, (B, C) both.
 
     Dhariwal & Nichol 2021, arXiv:2105.05233, Section 3.1. group_norm scales and shifts by channel,
-    so all images are laid side by side as the channels of one: a training step is 4 to 8 % faster
-    and keeps 8 % less memory than with a product and a sum of its own.
+    so all images are laid side by side as the channels of one: a training step in bf16 is 4 to 8 %
+    faster and keeps 8 % less memory than with a product and a sum of its own.
     """
     B, C, H, W = h.shape
     side_by_side = h.reshape(1, B * C, H, W)
