@@ -3,10 +3,10 @@
     pip install diffusers && python tests/versus_diffusers.py
 
 Rounds alternate, so that all meet the same moods of the machine; the medians count. The first two
-run in the same plain loop in float32, the last two with what our main.py trains with: fused AdamW,
-and bf16 where the processor has it (without its clipping and EMA, which cost both the same). So the
-last against the first is out of the box. Memory is what autograd
-keeps between forward and backward. Left out where diffusers is not installed.
+run in the same plain loop in float32, the last two with what our main.py trains with (but for its
+clipping and EMA): fused AdamW, and bf16 where the processor has it. So the last against the first
+is out of the box. Memory is what autograd keeps between forward and backward. Left out where
+diffusers is not installed.
 
 Then, for three widths, the arithmetic of our training step as a share of what a large product of
 matrices, in the same number format, does at the same time.
