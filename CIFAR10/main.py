@@ -10,7 +10,8 @@ arXiv:2102.09672), the DDIM sampler (Song et al. 2021, arXiv:2010.02502), the v 
 Ho 2022, arXiv:2202.00512) and classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
 Symbols are the papers': x_0 an image in [-1, 1], t the noise level, x_t the image at that level,
 eps the noise in it, y the class, a hat for what the net believes. The papers' t is code t + 1.
-The default net has not been timed on a GPU yet; pretrained.pt is a small one: 545 minutes on a CPU.
+Measured (one H100, bf16): 2,860 images/s, so 2.5 hours for the default net, not yet trained to the
+end; pretrained.pt is a small one after 8 minutes: tests/judge.py recognises 88.0 % of 500.
 """
 import argparse
 import copy
@@ -455,7 +456,8 @@ def train(settings, checkpoint, out, device):
         """What the whole run will take, from how it went so far."""
         rate = (bar.n - bar.initial) / bar.format_dict["elapsed"]
         left = 60 * minutes * (1 - done) if minutes else (bar.total - bar.n) / rate
-        tqdm.write(f"{rate:.1f} images/s: {left / 3600:.1f} hours to go")
+        time_left = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.1f} minutes"
+        tqdm.write(f"{rate:.1f} images/s: {time_left} to go")
         if device.type == "cpu" and left > 86400:
             tqdm.write(f"that is {left / 86400:.0f} days; this takes hours: {SMALL}")
         return True
