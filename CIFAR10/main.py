@@ -58,7 +58,7 @@ EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last t
 SAMPLE_STEPS = 50       # sampler: noise levels visited, 1..T; a guided one asks the net twice
 ETA = 0.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
 GUIDANCE = 1.0          # w of classifier-free guidance; 0 is off
-GUIDED = 0.8            # share of the noise levels, from the least noise up, that it acts on
+GUIDED = 0.0, 0.8       # the share of T where it begins to act, and where it ends
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 300      # between two checkpoints, each with a grid of samples
 
@@ -298,17 +298,17 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, g
     Yields (t, x_t, x0_hat) for each visited t, from T-1 down, and last (-1, x_0, x_0).
     net: called as net(x_t, t, y). alpha_bar: float64 (T,). steps: 1..T levels, evenly spaced.
     eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
-    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL); it is 0 at t >= guided * T
-    (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL); guided: low and high, shares of T:
+    w is 0 but at low * T <= t < high * T (Kynkäänniemi et al. 2024, arXiv:2404.07724).
     """
-    T, x_t = len(alpha_bar), x_T
+    T, x_t, (low, high) = len(alpha_bar), x_T, guided
     times = [round(T * (1 - i / steps)) - 1 for i in range(steps)] + [-1]
     for t, t_prev in zip(times, times[1:]):
         a = alpha_bar[t].item()
         a_prev = alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
         ts = torch.full_like(y, t)
         with autocast(x_t.device):
-            if guidance and t < guided * T:
+            if guidance and low * T <= t < high * T:
                 # eps, x_0 and v are affine in each other: guiding one guides all three
                 both = net(torch.cat([x_t, x_t]), torch.cat([ts, ts]),
                            torch.cat([y, torch.full_like(y, NULL)]))

@@ -77,7 +77,12 @@ class Model:
 
     def sampler(self):
         return (f"{self.steps} steps, eta = {self.eta:g}, guidance w = {self.guidance:g} at "
-                f"t <= {math.ceil(self.guided * len(self.alpha_bar))}, seed {self.seed}")
+                f"{self.interval()}, seed {self.seed}")
+
+    def interval(self):
+        """Where guidance acts, in the papers' t: one more than the code's."""
+        low, high = (math.ceil(share * len(self.alpha_bar)) for share in self.guided)
+        return f"t = {low + 1} to {high}"
 
 
 def draw(axis, images, row_titles, column_titles):
@@ -211,8 +216,8 @@ def guidance(model):
     weights = (0, 0.5, 1, 2, 4, 8)
     y = model.labels(10)
     figure, axis = canvas("The same noise, more guidance",
-                          f"{model.caption}; {model.steps} steps, w at t <= "
-                          f"{math.ceil(model.guided * len(model.alpha_bar))}", 10, len(weights))
+                          f"{model.caption}; {model.steps} steps, w at {model.interval()}", 10,
+                          len(weights))
     draw(axis, torch.cat([model.images(y, guidance=w) for w in weights]),
          [f"w = {w:g}" for w in weights], [model.names[name] for name in y])
     return figure
@@ -301,8 +306,9 @@ def main():
         help=f"share of fresh noise: 0 is DDIM, 1 with all steps is DDPM [{ETA:g}]")
     add("--guidance", type=number(float, 0, 100), default=GUIDANCE,
         help=f"w, 0 is off [{GUIDANCE:g}]")
-    add("--guided", type=number(float, 0, 1), default=GUIDED,
-        help=f"share of the noise levels, from the least noise up, that it acts on [{GUIDED:g}]")
+    add("--guided", nargs=2, metavar=("LOW", "HIGH"), type=number(float, 0, 1), default=GUIDED,
+        help=f"shares of the noise levels, from the least noise up, between which it acts "
+             f"[{GUIDED[0]:g} {GUIDED[1]:g}]")
     add("--seed", type=number(int, 0, 2**62), default=0, help="seed of the noise [0]")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--checkpoint", type=Path, help="[the newest in runs/, else pretrained.pt]")
@@ -317,6 +323,8 @@ def main():
     if unknown := [name for name in names if name not in {*FIGURES, "all"}]:
         raise UserError(f"no figure {unknown[0]!r}: there are {', '.join(FIGURES)} and all")
     names = list(FIGURES) if "all" in names else names
+    if args.guided[0] > args.guided[1]:
+        raise UserError("--guided takes the lower share first, not {} {}".format(*args.guided))
     device, path = pick_device(args.device), args.checkpoint or newest_checkpoint()
     model = Model(path.resolve(), device, args.label, args.steps, args.eta, args.guidance,
                   args.guided, args.seed, args.data)

@@ -137,7 +137,8 @@ def test_guidance_is_one_plus_w_of_y_minus_w_of_null(main):
     def net(x_t, t, y):
         calls.append(y.tolist())
         return x_t * 0 + column(torch.where(y == main.NULL, 0.3, 0.1 * y))
-    (t, x_t, x0_hat), *_ = walk(main, net, alpha_bar, target="v", steps=1, guidance=2.0, guided=1.0)
+    (t, x_t, x0_hat), *_ = walk(main, net, alpha_bar, target="v", steps=1, guidance=2.0,
+                                 guided=(0, 1))
     a = alpha_bar[t]
     v = 3.0 * 0.1 * column(torch.arange(3)) - 2.0 * 0.3
     torch.testing.assert_close(x0_hat, (a.sqrt() * x_t - (1 - a).sqrt() * v).clamp(-1, 1))
@@ -145,8 +146,8 @@ def test_guidance_is_one_plus_w_of_y_minus_w_of_null(main):
     both = [0, 1, 2, main.NULL, main.NULL, main.NULL]
     assert calls == [both, [0, 1, 2]]
     calls.clear()
-    walk(main, net, alpha_bar, steps=4, guidance=2.0, guided=0.5)   # t = 999, 749, 499, 249
-    assert calls == [[0, 1, 2], [0, 1, 2], both, both]
+    walk(main, net, alpha_bar, steps=4, guidance=2.0, guided=(0.499, 0.749))
+    assert calls == [[0, 1, 2], [0, 1, 2], both, [0, 1, 2]]     # t = 999, 749, 499, 249
 
 
 def test_guess_is_clamped_before_the_mean(main):
