@@ -412,7 +412,8 @@ def test_flags_of_main_out_of_range(args, tmp_path):
 @pytest.mark.parametrize("args", [
     ["--steps", "0"], ["--steps", "1001"], ["--label", "11"], ["--guidance", "-1"],
     ["--guidance", "nan"], ["--guided", "0", "2"], ["--guided", "0.6", "0.5"],
-    ["--eta", "2"], ["--n", "0"], ["nonsense"], ["--export", "no/such/folder/x.npz"], ["--export", "MNIST/pretrained.pt"],
+    ["--eta", "2"], ["--n", "0"], ["nonsense"],
+    ["--export", "no/such/folder/x.npz"], ["--export", "MNIST/pretrained.pt"],
     ["all", "nonsense"]])
 def test_flags_of_visual_out_of_range(args, dry, tmp_path):
     assert fails(call(VISUAL, "--checkpoint", dry / "checkpoint.pt", "--out", tmp_path / "out",
