@@ -319,8 +319,8 @@ def main():
     if unknown := [name for name in names if name not in {*FIGURES, "all"}]:
         raise UserError(f"no figure {unknown[0]!r}: there are {', '.join(FIGURES)} and all")
     names = list(FIGURES) if "all" in names else names
-    if args.guided[0] > args.guided[1]:
-        raise UserError("--guided takes the lower share first, not {} {}".format(*args.guided))
+    if args.guided[0] >= args.guided[1]:
+        raise UserError("--guided: LOW {} is not below HIGH {}".format(*args.guided))
     device, path = pick_device(args.device), args.checkpoint or newest_checkpoint()
     model = Model(path.resolve(), device, args.label, args.steps, args.eta, args.guidance,
                   args.guided, args.seed, args.data)
