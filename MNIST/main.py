@@ -273,10 +273,11 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, g
     Yields (t, x_t, x0_hat) for each visited t, from T-1 down, and last (-1, x_0, x_0).
     net: called as net(x_t, t, y). alpha_bar: float64 (T,). steps: 1..T levels, evenly spaced.
     eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
-    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL); guided: low and high, shares of T:
-    w is 0 but at low * T <= t < high * T (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL). guided = (low, high): w acts only at
+    low * T <= t < high * T (Kynkäänniemi et al. 2024, arXiv:2404.07724).
     """
-    T, x_t, (low, high) = len(alpha_bar), x_T, guided
+    T, x_t = len(alpha_bar), x_T
+    low, high = guided
     times = [round(T * (1 - i / steps)) - 1 for i in range(steps)] + [-1]
     for t, t_prev in zip(times, times[1:]):
         a = alpha_bar[t].item()
