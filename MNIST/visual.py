@@ -1,20 +1,19 @@
 """Watch the diffusion model of main.py at work: the tutorial's figures, drawn from a checkpoint.
 
     python visual.py                        noise turning into digits: figures/reverse.png and .gif
-    python visual.py grid steps             other figures by name; `all` draws every one
+    python visual.py grid steps             other figures by name; "all" draws every one
     python visual.py --label 7 --steps 50   one class only, more sampler steps
     python visual.py --export FILE.npz --n 5000    images and labels as arrays, for a judge
 
-Takes the newest checkpoint in runs/, else pretrained.pt. The net, the noise schedule and the
-sampler are main.py's own.
+Takes the newest checkpoint in runs/, else pretrained.pt. Net, schedule and sampler are main.py's.
 """
-import math
+import argparse
 import os
 import sys
 import time
 from pathlib import Path
 
-os.environ.pop("MPLBACKEND", None)      # it may not work here; matplotlib finds one that does
+os.environ.pop("MPLBACKEND", None)      # a notebook's does not work here
 if "--show" not in sys.argv:            # files only: no window
     os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
@@ -24,32 +23,29 @@ from matplotlib.animation import PillowWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from main import (BINS, ETA, GUIDANCE, GUIDED, HERE, SAMPLE_STEPS, Parser, UserError,
-                  load_checkpoint, load_data, noise_schedule, number, pick_device, q_sample, run,
-                  sample)
+from main import (ETA, GUIDANCE, HERE, SAMPLE_STEPS, load_checkpoint, load_data, noise_schedule,
+                  q_sample, sample, to_target)
 
 TILE = 0.61             # inches a side of an image in a figure
-plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True})
+plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True,
+                     "text.parse_math": False})             # a class may be called $1
 
 
 class Model:
     """A checkpoint with the sampler settings of the command line: all that a figure needs."""
 
-    def __init__(self, path, device, label, steps, eta, guidance, guided, seed, data):
-        self.checkpoint, self.net = load_checkpoint(path, device)
-        config, self.classes = self.checkpoint["config"], self.checkpoint["classes"]
-        if label is not None and label not in self.classes:
-            raise UserError(f"--label {label}: the classes are {', '.join(self.classes)}")
-        if steps > config["T"]:
-            raise UserError(f"--steps {steps}: this checkpoint has {config['T']} noise levels")
-        self.device, self.label, self.seed = device, label, seed
-        self.data = data or self.checkpoint.get("settings", {}).get("data")
-        self.steps, self.eta, self.guidance, self.guided = steps, eta, guidance, guided
+    def __init__(self, path, args):
+        self.checkpoint, self.net = load_checkpoint(path, args.device)
+        config = self.checkpoint["config"]
+        self.target, self.classes = config["target"], config["classes"]
+        self.label, self.seed, self.device = args.label, args.seed, args.device
         self.alpha_bar = noise_schedule(config["schedule"], config["T"])
-        self.target = config["target"]
-        self.shape = (config["net"]["image_channels"], config["net"]["size"], config["net"]["size"])
-        self.names = [plain(name) for name in self.classes]
-        self.caption = f"{path.parent.name}/{path.name}, trained on {self.checkpoint['data']}"
+        self.shape = (self.net.stem.in_channels, config["size"], config["size"])
+        if args.label is not None and args.label not in self.classes:
+            sys.exit(f"error: --label {args.label}: the classes are {', '.join(self.classes)}")
+        self.options = {"steps": min(args.steps, config["T"]), "eta": args.eta,
+                        "guidance": args.guidance}
+        self.data = args.data or self.checkpoint.get("args", {}).get("data")
 
     def labels(self, n):
         """n labels, int64 (n,): the classes in rotation, or --label alone."""
@@ -59,15 +55,11 @@ class Model:
 
     def walk(self, y, **changes):
         """main.sample from the noise of --seed: yields (t, x_t, x0_hat) on the CPU."""
-        options = {"steps": self.steps, "eta": self.eta, "guidance": self.guidance,
-                   "guided": self.guided} | changes
-        generator = torch.Generator().manual_seed(self.seed)
-        noise = torch.randn(len(y), *self.shape, generator=generator).to(self.device)
+        noise = torch.randn(len(y), *self.shape, generator=torch.Generator().manual_seed(self.seed))
         generator = torch.Generator(self.device).manual_seed(self.seed + 1)
-        walk = sample(self.net, noise, y.to(self.device), self.alpha_bar, self.target,
-                      generator=generator, **options)
-        for t, x_t, x0_hat in tqdm(walk, total=options["steps"] + 1, desc="sampling", delay=2,
-                                   leave=False):
+        for t, x_t, x0_hat in sample(self.net, noise.to(self.device), y.to(self.device),
+                                     self.alpha_bar, self.target, generator=generator,
+                                     **self.options | changes):
             yield t, x_t.cpu(), x0_hat.cpu()
 
     def images(self, y, **changes):
@@ -75,194 +67,144 @@ class Model:
         *_, (_, x_0, _) = self.walk(y, **changes)
         return x_0
 
-    def sampler(self):
-        return (f"{self.steps} steps, eta = {self.eta:g}, guidance w = {self.guidance:g} at "
-                f"{self.interval()}, seed {self.seed}")
 
-    def interval(self):
-        """Where guidance acts, in the papers' t: one more than the code's."""
-        low, high = (math.ceil(share * len(self.alpha_bar)) for share in self.guided)
-        return f"t = {low + 1} to {high}"
+def tiled(model, title, images, rows, columns=None, varied=None):
+    """A figure of images (rows * columns, C, H, W), row by row; the columns are classes, mostly."""
+    caption = ", ".join(f"{k} {v:g}" for k, v in model.options.items() if k != varied)
+    columns = columns or [model.classes[y] for y in model.labels(10)]
+    figure, axis = plt.subplots(figsize=(TILE * len(columns) + 1, TILE * len(rows) + 1))
+    figure.suptitle(title, fontsize=10, wrap=True)
+    figure.supxlabel(caption, fontsize=6.5, color="0.4", wrap=True)
+    draw(axis, images, rows, columns)
+    return figure
 
 
 def draw(axis, images, row_titles, column_titles):
-    """Tile images (rows * columns, C, H, W), row by row, into one picture with titles around it."""
+    """The tiles and their titles on one axis."""
     pad, (H, W) = 2, images.shape[2:]
     page = make_grid(images, nrow=len(images) // len(row_titles), padding=pad, normalize=True,
                      value_range=(-1, 1), pad_value=1)
     axis.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
     axis.set_yticks([pad + H / 2 + i * (H + pad) for i in range(len(row_titles))], row_titles)
-    longest = max(map(len, column_titles), default=0)
-    style = ({} if longest < 9 else {"fontsize": 7} if longest < 11 else
-             {"rotation": 30, "ha": "left"})
-    axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))],
-                    column_titles, **style)
+    axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))], column_titles,
+                    rotation=30 * (max(map(len, column_titles), default=0) > 8))
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
 
 
-def canvas(title, caption, columns, rows, extra=0.0):
-    """A figure whose size fits a tiling of rows x columns; returns (figure, axes or axis)."""
-    figure, axes = plt.subplots(2 if extra else 1,
-                                figsize=(TILE * columns + 1, TILE * rows + 1 + extra),
-                                height_ratios=[TILE * rows, extra] if extra else None)
-    figure.suptitle(title, fontsize=10, wrap=True)
-    figure.supxlabel(plain(caption), fontsize=6.5, color="0.4", wrap=True)
-    return figure, axes
-
-
-def plain(text):
-    """Text in which matplotlib sees no formulas, and no half characters of odd file names."""
-    return text.encode(errors="replace").decode().replace("$", r"\$")
-
-
-def paper_t(t):
-    """Code t = T-1..0, -1 is the paper's t = T..1, 0."""
-    return f"t = {t + 1}"
-
-
 # ---- The figures: each a function of a Model ------------------------------------------------
 def reverse(model):
-    """One row a class, from noise to image: x_t, and below it the guess x0_hat made from it."""
-    y = model.labels(10)
-    walk = list(model.walk(y))
+    """Five classes, a pair of rows each, from noise to image: x_t, and below it x0_hat."""
+    walk = list(model.walk(y := model.labels(5)))
     shown = sorted({round(i * (len(walk) - 1) / 10) for i in range(11)})
     tiles = torch.stack([torch.stack([walk[i][k] for i in shown], 1) for k in (1, 2)], 1)
-    rows = [title for name in y
-            for title in (f"{model.names[name]}   $x_t$", r"$\hat{x}_0$")]
-    figure, axis = canvas("The reverse process: from noise to an image",
-                          f"{model.caption}; {model.sampler()}", len(shown), len(rows))
-    draw(axis, tiles.flatten(0, 2), rows, [paper_t(walk[i][0]) for i in shown])
-    return figure
+    rows = [title for name in y for title in (f"{model.classes[name]}   x_t", "x0_hat")]
+    return tiled(model, "The reverse process: from noise to an image", tiles.flatten(0, 2), rows,
+                 [f"t = {walk[i][0]}" for i in shown])
 
 
-def animate(model, path, n=50):
-    """The same as a GIF: x_t on the left, x0_hat on the right, one row a class."""
-    y = model.labels(10).repeat_interleave(n // 10)
-    walk = list(model.walk(y))
-    figure, axes = plt.subplots(1, 2, figsize=(5.6, 5.5), dpi=90)
-    names = [model.names[name] for name in y[::n // 10]]
+def animate(model, path):
+    """The same as a GIF: x_t on the left, x0_hat on the right, one row per class."""
+    walk = list(model.walk(y := model.labels(10).repeat_interleave(5)))
+    figure, axes = plt.subplots(1, 2, figsize=(6, 6))       # 540 x 540 pixels: whole numbers
     level = figure.suptitle("", fontsize=10)
     writer = PillowWriter(fps=8)
     with writer.saving(figure, path, dpi=90):
-        for t, *pair in walk:
-            for axis, images, title in zip(axes, pair, ("$x_t$", r"$\hat{x}_0$, the net's guess")):
+        for t, *pair in walk + 12 * walk[-1:]:              # the last one stays for a while
+            for axis, images, title in zip(axes, pair, ("x_t", "x0_hat, the net's guess")):
                 axis.clear()
-                draw(axis, images, names, [])
+                draw(axis, images, [model.classes[name] for name in y[::5]], [])
                 axis.set_title(title, fontsize=10)
-            level.set_text(paper_t(t))
+            level.set_text(f"t = {t}")
             writer.grab_frame()
             figure.set_layout_engine("none")    # keep the first frame's layout: twice as fast
-        for _ in range(12):
-            writer.grab_frame()
     plt.close(figure)
 
 
 def forward(model):
-    """Real images drowning in noise, under both schedules, and how much of them is left."""
-    images, labels, names, source = load_data(model.data)
-    wanted = [model.classes[y] for y in model.labels(3)]
-    if missing := set(wanted) - {names[y] for y in labels.unique()}:
-        raise UserError(f"{source}: no image of class {missing.pop()} is in it")
-    picks = []
-    for k, name in enumerate(wanted):   # the first image of each class, the second if asked again
-        found = (labels == names.index(name)).nonzero()
-        picks.append(found[wanted[:k].count(name) % len(found)].item())
-    T = len(model.alpha_bar)
-    times = [-1] + [round(T * i / 9) - 1 for i in range(1, 10)]
-    figure, (top, bottom) = canvas("The forward process: the same noise under two schedules",
-                                   source, len(times), 2 * len(picks), extra=2)
-    schedules = {name: noise_schedule(name, T) for name in ("linear", "cosine")}
+    """Real images drowning in noise under each schedule, and how much of them is left."""
+    images, labels, *_ = load_data(model.data)
+    T = len(model.alpha_bar) - 1
+    levels = [round(T * i / 9) for i in range(10)]
+    schedules = {name: noise_schedule(name, T).float()
+                 for name in ("linear", "cosine", model.checkpoint["config"]["schedule"])}
+    figure, (top, bottom) = plt.subplots(2, figsize=(7, 3 + 2 * len(schedules)),
+                                         height_ratios=[2 * len(schedules), 2])
+    figure.suptitle("The forward process: the same noise under each schedule", fontsize=10)
     eps = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(model.seed))
     tiles = []
-    for i in picks:
-        x_0 = images[i:i + 1].float() / 127.5 - 1
-        for a in schedules.values():
-            tiles += [x_0 if t < 0 else q_sample(x_0, torch.tensor([t]), eps, a.float())
-                      for t in times]
-    draw(top, torch.cat(tiles), [*schedules] * len(picks), [paper_t(t) for t in times])
-    for name, a in schedules.items():
-        bottom.plot(range(T + 1), [1.0, *a], label=name)
-    bottom.set(xlabel="t", ylabel=r"$\bar\alpha_t$", xlim=(0, T), ylim=(0, 1))
+    for k, y in enumerate(model.labels(3)):
+        of_class = (labels == y).nonzero().flatten()
+        x_0 = images[of_class[k % len(of_class)]][None].float() / 127.5 - 1
+        for alpha_bar in schedules.values():
+            tiles += [q_sample(x_0, torch.tensor([t]), eps, alpha_bar) for t in levels]
+    draw(top, torch.cat(tiles), [*schedules] * 3, [f"t = {t}" for t in levels])
+    for name, alpha_bar in schedules.items():
+        bottom.plot(range(T + 1), alpha_bar.numpy(), label=name)
+    bottom.set(xlabel="t", ylabel="alpha_bar", xlim=(0, T), ylim=(0, 1))
     bottom.legend(frameon=False)
     return figure
 
 
 def grid(model):
     """Ten images of each class, or of the first ten."""
-    y = model.labels(10).repeat(10)
-    figure, axis = canvas("100 generated images", f"{model.caption}; {model.sampler()}", 10, 10)
-    draw(axis, model.images(y), [""] * 10, [model.names[name] for name in y[:10]])
-    return figure
+    return tiled(model, "100 generated images", model.images(model.labels(10).repeat(10)),
+                 [""] * 10)
 
 
 def steps(model):
     """The same noise, walked down in few steps and in many."""
-    y, tiles, rows = model.labels(10), [], []
-    T = len(model.alpha_bar)
-    for n in (*(n for n in (5, 10, 25, 50, 250) if n < T), T):
+    tiles, T = [], len(model.alpha_bar) - 1
+    counts = [n for n in (5, 10, 25, 50, 250) if n < T] + [T]
+    for n in counts:
         started = time.perf_counter()
-        tiles.append(model.images(y, steps=n))
-        rows.append(f"{n} steps\n{time.perf_counter() - started:.1f} s")
-    figure, axis = canvas("The same noise, more steps",
-                          f"{model.caption}; seconds for 10 images on {model.device}; "
-                          f"eta = {model.eta:g}, w = {model.guidance:g}", 10, len(rows))
-    draw(axis, torch.cat(tiles), rows, [model.names[name] for name in y])
-    return figure
+        tiles.append(model.images(model.labels(10), steps=n))
+        print(f"{n} steps: {time.perf_counter() - started:.1f} seconds for 10 images", flush=True)
+    return tiled(model, "The same noise, more steps", torch.cat(tiles),
+                 [f"{n} steps" for n in counts], varied="steps")
 
 
 def guidance(model):
     """The same noise under more and more guidance: clearer, and less varied."""
     weights = (0, 0.5, 1, 2, 4, 8)
-    y = model.labels(10)
-    figure, axis = canvas("The same noise, more guidance",
-                          f"{model.caption}; {model.steps} steps, w at {model.interval()}", 10,
-                          len(weights))
-    draw(axis, torch.cat([model.images(y, guidance=w) for w in weights]),
-         [f"w = {w:g}" for w in weights], [model.names[name] for name in y])
-    return figure
+    tiles = torch.cat([model.images(model.labels(10), guidance=w) for w in weights])
+    return tiled(model, "The same noise, more guidance", tiles, [f"w = {w:g}" for w in weights],
+                 varied="guidance")
 
 
 def neighbours(model):
     """Is it copying? Generated images above the training images nearest to them, pixel by pixel."""
-    images, _, _, source = load_data(model.data)
-    y = model.labels(100)
-    made = model.images(y)
-
-    def nearest_of(x, k):  # (distance, index) of the k nearest training images, a part at a time
-        return torch.cat([torch.cdist(x.flatten(1), part.flatten(1).float() / 127.5 - 1)
-                          for part in images.split(5000)], dim=1).topk(k, largest=False)
-    if len(images) < 3:
-        raise UserError(f"neighbours needs three training images or more: {source}")
-    distance, nearest = nearest_of(made, 3)
-    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(model.seed))[:100]
-    among_real = nearest_of(images[some].float() / 127.5 - 1, 2).values[:, 1]
-    tiles = [made[:10]] + [images[nearest[:10, k]].float() / 127.5 - 1 for k in range(3)]
-    figure, axis = canvas(
-        "Is it copying? Generated images and the nearest training images",
-        f"{model.caption}; neighbours: {source}.\nMedian distance to the nearest: "
-        f"{distance[:, 0].median():.1f} from 100 generated images, {among_real.median():.1f} from "
-        f"100 training images to the others", 10, 4)
-    draw(axis, torch.cat(tiles), ["generated", "nearest", "second", "third"],
-         [model.names[name] for name in y[:10]])
-    return figure
+    images, *_ = load_data(model.data)
+    made = model.images(model.labels(10))
+    distance = torch.cat([torch.cdist(made.flatten(1), part.flatten(1).float() / 127.5 - 1)
+                          for part in images.split(5000)], dim=1)       # (10, N)
+    nearest = distance.topk(3, largest=False).indices
+    tiles = [made] + [images[nearest[:, k]].float() / 127.5 - 1 for k in range(3)]
+    return tiled(model, "Is it copying? Generated images and the nearest training images",
+                 torch.cat(tiles), ["generated", "nearest", "second", "third"])
 
 
+@torch.no_grad()
 def loss(model):
     """Why the curve looks flat: most of the loss is made where nobody could predict better."""
-    rows = model.checkpoint["history"]
-    step, value = [row[0] for row in rows], [row[2] for row in rows]
-    late = torch.tensor([row[3] for row in rows[-max(1, len(rows) // 5):]]).nanmean(0)
+    images, labels, *_ = load_data(model.data)
+    alpha_bar, T, errors = model.alpha_bar.float(), len(model.alpha_bar) - 1, []
+    generator, bins = torch.Generator().manual_seed(model.seed), min(20, T)
+    for k in range(bins):                                   # 100 images at levels of each bin
+        t = torch.randint(k * T // bins + 1, (k + 1) * T // bins + 1, (100,), generator=generator)
+        i = torch.randint(len(images), t.shape, generator=generator)
+        x_0 = images[i].float() / 127.5 - 1
+        eps = torch.randn(x_0.shape, generator=generator)
+        x_t = q_sample(x_0, t, eps, alpha_bar)
+        output = model.net(*(x.to(model.device) for x in (x_t, t, labels[i]))).cpu()
+        goal = to_target(x_0, t, eps, alpha_bar, model.target)
+        errors.append((output - goal).square().mean().item())
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
-    left.plot(step, value, marker="." if len(step) < 3 else None)
-    left.set(xlabel="step", ylabel=f"loss ({model.target} target)", ylim=(0, None),
-             title="Loss while training")
-    left.locator_params(axis="x", nbins=5)
-    right.bar(np.arange(BINS), late, width=0.9, align="edge")
-    right.set_xticks(np.arange(0, BINS + 1, 5), [f"{i * len(model.alpha_bar) // BINS}"
-                                                for i in range(0, BINS + 1, 5)])
-    right.set(xlabel="t", ylabel="loss", title="Loss by timestep, last fifth of the run")
-    figure.supxlabel(plain(model.caption), fontsize=6.5, color="0.4", wrap=True)
+    step, _, value = np.array(model.checkpoint["history"]).T
+    left.plot(step / 1000, value)
+    left.set(xlabel="thousand steps", ylabel=f"loss ({model.target})", ylim=0, title="In training")
+    right.bar(np.arange(bins) * T / bins, errors, width=0.9 * T / bins, align="edge")
+    right.set(xlabel="t", ylabel="loss", title="The trained net, by noise level")
     return figure
 
 
@@ -271,74 +213,57 @@ FIGURES = {f.__name__: f for f in (reverse, grid, steps, guidance, loss, forward
 
 def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
-    place = path if path.exists() else path.resolve().parent
-    if path.suffix != ".npz" or path.is_dir() or not os.access(place, os.W_OK):
-        raise UserError(f"--export {path}: give an .npz file in a folder that can be written to")
-    y, chunks, seed = model.labels(n), [], model.seed
-    for i in tqdm(range(0, n, batch), unit="batch", desc="exporting"):
-        model.seed = seed + i
-        chunks.append(model.images(y[i:i + batch]))
-    model.seed = seed
-    pixels = ((torch.cat(chunks).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    y, chunks = model.labels(n), []
     with open(path, "wb") as file:
+        for part in tqdm(y.split(batch), "exporting"):
+            chunks.append(model.images(part))
+            model.seed += batch
+        pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy(),
                             labels=y.numpy())
-    print(f"{path}: {n} images, {model.sampler()}")
-
-
-def newest_checkpoint():
-    own = sorted((HERE / "runs").glob("checkpoint*.pt"), key=lambda path: path.stat().st_mtime)
-    return own[-1] if own else HERE / "pretrained.pt"
 
 
 def main():
-    parser = Parser(description="Draw the reverse diffusion of a checkpoint, and more.")
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description="Draw the reverse diffusion of a checkpoint.")
+    devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    newest = max((HERE / "runs").glob("*/checkpoint.pt"), default=HERE / "pretrained.pt",
+                 key=lambda path: path.stat().st_mtime)
+    add, path = parser.add_argument, os.path.expanduser
     add("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(FIGURES)} or all [reverse]")
     add("--label", help="this class only")
-    add("--steps", type=number(int, 1, 10**6), default=SAMPLE_STEPS,
-        help=f"sampler steps [{SAMPLE_STEPS}]")
-    add("--eta", type=number(float, 0, 1), default=ETA,
-        help=f"share of fresh noise: 0 is DDIM, 1 with all steps is DDPM [{ETA:g}]")
-    add("--guidance", type=number(float, 0, 100), default=GUIDANCE,
-        help=f"w, 0 is off [{GUIDANCE:g}]")
-    add("--guided", nargs=2, metavar=("LOW", "HIGH"), type=number(float, 0, 1), default=GUIDED,
-        help=f"shares of the noise levels, from the least noise up, between which it acts "
-             f"[{GUIDED[0]:g} {GUIDED[1]:g}]")
-    add("--seed", type=number(int, 0, 2**62), default=0, help="seed of the noise [0]")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--checkpoint", type=Path, help="[the newest in runs/, else pretrained.pt]")
-    add("--data", help="as main.py's, for forward and neighbours [what the net was trained on]")
-    add("--out", type=Path, default=HERE / "figures", help="folder for the figures [figures/ here]")
+    add("--steps", type=int, default=SAMPLE_STEPS, help="sampler steps [%(default)s]")
+    add("--eta", type=float, default=ETA, help="1 is DDPM, 0 is DDIM [%(default)s]")
+    add("--guidance", type=float, default=GUIDANCE, help="w, 0 is off [%(default)s]")
+    add("--seed", type=int, default=0, help="of the noise [%(default)s]")
+    add("--device", choices=devices, default=devices[0], help="[%(default)s]")
+    add("--checkpoint", type=path, default=newest, help="[the newest in runs/, else pretrained.pt]")
+    add("--data", type=path, help="as main.py's [what the net was trained on]")
+    add("--out", type=path, default=HERE / "figures", help="folder for them [figures/ here]")
     add("--show", action="store_true", help="open a window for each figure too")
-    add("--export", type=Path, metavar="FILE.npz",
-        help="write generated images as arrays instead of figures")
-    add("--n", type=number(int, 1, 10**7), default=1000, help="how many images to export [1000]")
+    add("--export", type=path, metavar="FILE.npz", help="write images as arrays instead")
+    add("--n", type=int, default=1000, help="how many images to export [%(default)s]")
     args = parser.parse_args()
-    names = args.figures or ["reverse"]
-    if unknown := [name for name in names if name not in {*FIGURES, "all"}]:
-        raise UserError(f"no figure {unknown[0]!r}: there are {', '.join(FIGURES)} and all")
-    names = list(FIGURES) if "all" in names else names
-    if args.guided[0] >= args.guided[1]:
-        raise UserError("--guided: LOW {} is not below HIGH {}".format(*args.guided))
-    device, path = pick_device(args.device), args.checkpoint or newest_checkpoint()
-    model = Model(path.resolve(), device, args.label, args.steps, args.eta, args.guidance,
-                  args.guided, args.seed, args.data)
-    print(f"checkpoint: {path} ({model.checkpoint['step']} steps on {model.checkpoint['data']})")
+    names = list(FIGURES) if "all" in args.figures else args.figures or ["reverse"]
+    if not set(names) <= set(FIGURES):
+        parser.error(f"no such figure: there are {', '.join(FIGURES)} and all")
+    if not (args.steps > 0 and 0 <= args.eta <= 1 and args.guidance >= 0 and args.n > 0):
+        parser.error("--steps and --n are above zero, --eta is 0 to 1, --guidance not below zero")
+    model, out = Model(args.checkpoint, args), Path(args.out)
+    print(f"checkpoint: {args.checkpoint}", flush=True)
     if args.export:
-        return export(model, args.export, args.n)
-    args.out.mkdir(parents=True, exist_ok=True)
+        return export(model, Path(args.export).with_suffix(".npz"), args.n)
+    out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        FIGURES[name](model).savefig(args.out / f"{name}.png")
-        print(args.out / f"{name}.png")
+        FIGURES[name](model).savefig(out / f"{name}.png", bbox_inches="tight")
+        print(out / f"{name}.png", "and .gif" if name == "reverse" else "", flush=True)
         if name == "reverse":
-            animate(model, args.out / "reverse.gif")
-            print(args.out / "reverse.gif")
-    if args.show and plt.get_backend().lower() == "agg":
-        print("--show: there is no screen to open a window on")
-    elif args.show:
+            animate(model, out / "reverse.gif")
+    if args.show:
         plt.show()
 
 
 if __name__ == "__main__":
-    run(main)
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")
