@@ -1,5 +1,7 @@
 """What the tests share: the two main.py, imported, and both scripts as a user runs them."""
 import io
+import os
+import re
 import runpy
 import signal
 import subprocess
@@ -18,33 +20,59 @@ def main(request):
     return load(request.param)
 
 
+def start(*args, env=(), **options):
+    """A script with its arguments, running, as on a machine that does not set PYTHONUNBUFFERED."""
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=clean | dict(env), **options)
+
+
 def run(script, *args, **options):
-    """Run a script of the repository; returns the finished process with its output as text."""
-    return subprocess.run([sys.executable, script, *map(str, args)], cwd=ROOT, text=True,
-                          capture_output=True, timeout=240, **options)
-
-
-def call(script, *args):
-    """The same within this process, which saves the seconds that importing torch takes."""
-    out, err, handler = io.StringIO(), io.StringIO(), signal.getsignal(signal.SIGINT)
+    """The same to its end: (exit code, stdout, stderr). A script without options runs in this
+    process, which saves the seconds that importing torch takes."""
+    if options or script == "-m":
+        process = start(script, *args, **options)
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+    out, err, code, handlers = io.StringIO(), io.StringIO(), 0, {}
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        handlers[kind] = signal.getsignal(kind)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [str(script), *map(str, args)])
         patch.syspath_prepend(str((ROOT / script).parent))
         patch.delitem(sys.modules, "main", raising=False)
-        with pytest.raises(SystemExit) as stop:
+        try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
     sys.modules.pop("main", None)
-    signal.signal(signal.SIGINT, handler)
-    return subprocess.CompletedProcess(args, stop.value.code or 0, out.getvalue(), err.getvalue())
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
+    message = f"{code}\n" if isinstance(code, str) else ""
+    return code, out.getvalue(), err.getvalue() + message
 
 
-def fails(process, *words):
-    """The contract for a user's error: exit code 2, one line on stderr, no traceback."""
-    bars = ("images/s", "sampling:", "exporting:", "reading pictures:")
-    lines = [line for line in process.stderr.splitlines()
-             if line.strip() and not any(bar in line.split("error: ")[0] for bar in bars)]
-    assert process.returncode == 2, process.stderr
-    assert len(lines) == 1 and lines[0].startswith("error: "), process.stderr
+def works(*args, **options):
+    """Runs; asserts that it ended well, and returns what it printed."""
+    code, out, err = run(*args, **options)
+    assert not code, err
+    return out
+
+
+def fails(*args, words=(), **options):
+    """The contract for a user's error: one line at the end that says it, no traceback."""
+    code, _, err = run(*args, **options)
+    last = err.splitlines()[-1]
+    assert code and "error: " in last and "Traceback" not in err, err
     for word in words:
-        assert word in lines[0], lines[0]
-    return True
+        assert word in last, last
+
+
+def first_step(process):
+    """Wait until the training bar has moved."""
+    seen = ""
+    while not re.search(r"[1-9]\S* images \[", seen):
+        character = process.stderr.read(1)
+        assert character, seen
+        seen += character

@@ -1,115 +1,86 @@
-"""Our UNet beside diffusers' UNet2DModel of the same channels: one training step of each, timed.
+"""CIFAR10/main.py beside Hugging Face's diffusers: the same samples, and the time of a step.
 
     pip install diffusers && python tests/versus_diffusers.py
 
-Rounds alternate, so that all meet the same moods of the machine; the medians count. The first two
-run in the same plain loop in float32, the last two with what our main.py trains with (but for its
-clipping and EMA): fused AdamW, and bf16 where the processor has it. So the last against the first
-is out of the box. Memory is what autograd keeps between forward and backward. Left out where
-diffusers is not installed.
-
-Then, for three widths, the arithmetic of our training step as a share of what a large product of
-matrices, in the same number format, does at the same time.
+First `sample` against DDPMScheduler and DDIMScheduler: the same net, the same noise, float64; it
+prints the largest difference. Then one training step of our UNet and of UNet2DModel with the same
+channels, turn by turn; the medians count. As trained: with the fused optimizer, and in bf16 where
+the processor has it.
 """
 import copy
 import statistics
 import time
 
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from loading import load
-from torch.utils.flop_counter import FlopCounterMode
 
 WIDTHS, BLOCKS, BATCH, ROUNDS = (32, 64, 64, 64), 2, 32, 7
 
 
-def stepper(net, fast, call, main, batch=BATCH):
-    """A function that makes one training step and returns (seconds, bytes kept)."""
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=fast or None)
-    x, eps = torch.randn(2, batch, 3, 32, 32)
-    t, y = torch.randint(1000, (batch,)), torch.randint(10, (batch,))
-    kept = {}
+def largest_difference(ours, steps, eta):
+    """Between our images and theirs; eta None is DDPMScheduler, which is eta = 1."""
+    def net(x, t, y=None):
+        return torch.sin(3 * x) * 0.5 + x * (t.view(-1, 1, 1, 1) / 1000)
+    alpha_bar = ours.noise_schedule("linear", 1000)
+    generator, x_T = torch.Generator().manual_seed(1), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    y = torch.zeros(4, dtype=torch.int64)
+    *_, (_, x_0, _) = ours.sample(net, x_T, y, alpha_bar, "eps", steps, 1.0 if eta is None else eta,
+                                  0.0, generator)
+    options = dict(trained_betas=(1 - alpha_bar[1:] / alpha_bar[:-1]).numpy(), clip_sample=True,
+                   timestep_spacing="trailing")         # T, ..., as ours
+    scheduler = DDPMScheduler(**options) if eta is None else DDIMScheduler(**options)
+    for name in "betas", "alphas_cumprod":              # in float64, as ours
+        setattr(scheduler, name, alpha_bar[1:] if name == "alphas_cumprod" else
+                1 - alpha_bar[1:] / alpha_bar[:-1])
+    scheduler.final_alpha_cumprod = scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.set_timesteps(steps)
+    generator, x = torch.Generator().manual_seed(1), x_T
+    for t in scheduler.timesteps:                       # theirs is one less than the papers'
+        extra = {} if eta is None else {"eta": eta, "use_clipped_model_output": True}
+        eps_hat = net(x, (t + 1).repeat(4))
+        x = scheduler.step(eps_hat, t, x, generator=generator, **extra).prev_sample
+    return (x - x_0).abs().max().item()
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+
+def stepper(net, fast, call, ours):
+    """A function that makes one training step and returns its seconds."""
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4, fused=fast or None)
+    x, eps = torch.randn(2, BATCH, 3, 32, 32)
+    t, y = torch.randint(1000, (BATCH,)), torch.randint(10, (BATCH,))
 
     def step():
-        kept.clear()
         started = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            with main.autocast(x.device) if fast else torch.autocast("cpu", enabled=False):
-                loss = (call(net, x, t, y).float() - eps).square().mean()
+        with ours.autocast(x.device) if fast else torch.autocast("cpu", enabled=False):
+            loss = (call(net, x, t, y).float() - eps).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return time.perf_counter() - started, sum(kept.values())
+        return time.perf_counter() - started
     return step
 
 
-def share_of_matmul(main, width, batch):
-    """Prints it. The net is CIFAR-10's default but for the width."""
-    net = main.UNet(3, 32, 10, [width * m for m in (1, 2, 2, 2)], 2, (16,), 0.0)
-    step = stepper(net, True, lambda net, *inputs: net(*inputs), main, batch)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    with main.autocast(torch.device("cpu")):
-        dtype = (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
-    a, b = torch.randn(2, 2048, 2048).to(dtype)
-    rates = []
-    for _ in range(ROUNDS + 2):
-        started = time.perf_counter()
-        for _ in range(8):
-            a @ b
-        product = 8 * 2 * 2048 ** 3 / (time.perf_counter() - started)
-        rates.append((counter.get_total_flops() / step()[0], product))
-    ours, product = (statistics.median(column) / 1e9 for column in zip(*rates[2:]))
-    print(f"width {width}, batch {batch}: {ours:.0f} GFLOP/s, a matrix product {product:.0f}: "
-          f"{ours / product:.2f}")
-
-
-def versus_diffusers(ours):
-    """Prints speed and memory of both. Raises ImportError without diffusers."""
-    from diffusers import UNet2DModel
-
-    def our_net():
-        return ours.UNet(3, 32, 10, WIDTHS, BLOCKS, (16,), 0.0)
+def main():
+    ours = load("CIFAR10")
+    for steps, eta in ((1000, None), (1000, 1.0), (50, 0.0), (20, 0.5), (10, 1.0)):
+        name = "DDPM" if eta is None else f"DDIM, eta {eta:g}"
+        print(f"{name}, {steps} steps: {largest_difference(ours, steps, eta):.1e}", flush=True)
     theirs = UNet2DModel(
         sample_size=32, block_out_channels=WIDTHS, layers_per_block=BLOCKS, norm_num_groups=8,
         num_class_embeds=10, attention_head_dim=64, down_block_types=(
             "DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
-
-    def call_ours(net, x, t, y):
-        return net(x, t, y)
-
-    def call_theirs(net, x, t, y):
-        return net(x, t, y).sample
-    steps = {f"{whose}, {how}": stepper(net, fast, call, ours)
-             for how, fast in (("plain", False), ("as trained", True))
-             for whose, net, call in (("diffusers", copy.deepcopy(theirs), call_theirs),
-                                      ("ours", our_net(), call_ours))}
+    nets = {"diffusers": (theirs, lambda net, *inputs: net(*inputs).sample),
+            "ours": (ours.UNet(10, WIDTHS, BLOCKS, 0.0), lambda net, *inputs: net(*inputs))}
+    steps = {f"{whose}, {'as trained' if fast else 'plain float32'}":
+             stepper(copy.deepcopy(net), fast, call, ours)
+             for fast in (False, True) for whose, (net, call) in nets.items()}
     seconds = {name: [] for name in steps}
-    for _ in range(ROUNDS + 2):
+    for _ in range(ROUNDS):
         for name, step in steps.items():
-            taken, kept = step()
-            seconds[name].append((taken, kept))
-    base = statistics.median(taken for taken, _ in seconds["diffusers, plain"][2:])
-    for name, rows in seconds.items():
-        median = statistics.median(taken for taken, _ in rows[2:])
-        print(f"{name}: {BATCH / median:.1f} images/s, {base / median:.2f} x diffusers, plain; "
-              f"{rows[-1][1] / 2**20:.0f} MiB kept")
-    for name, net in (("diffusers", theirs), ("ours", our_net())):
-        print(f"{name}: {sum(p.numel() for p in net.parameters()):,} parameters")
-
-
-def main():
-    ours = load("CIFAR10")
-    try:
-        versus_diffusers(ours)
-    except ImportError:
-        print("diffusers is not installed: nothing to compare with")
-    for width, batch in ((32, 32), (64, 32), (128, 16)):
-        share_of_matmul(ours, width, batch)
+            seconds[name].append(step())
+    for name, taken in seconds.items():
+        print(f"{name}: {BATCH / statistics.median(taken[2:]):.1f} images/s")
 
 
 if __name__ == "__main__":
