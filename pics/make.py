@@ -1,14 +1,18 @@
-"""Draw every picture of the README anew, from the shipped weights, else the newest checkpoints.
+"""Draw the pictures of the READMEs anew, from the shipped weights.
 
-    python pics/make.py --mnist FOLDER --cifar10 FOLDER     where the real images are (--data)
+    python pics/make.py --mnist FOLDER --cifar10 FOLDER --runs FOLDER
 
-Needs a default run of MNIST/main.py for mnist-emerging.png (its samples show how it learned).
-chain.svg and unet.svg are drawn by hand.
+--mnist and --cifar10 say where the real images are, as --data of the scripts does. --runs holds
+the experiments of the page, each a run of `python MNIST/main.py --steps 1000` with one change:
+unchanged, linear, x0, eps, and lr0.1 and lr1 with 600 steps. chain.svg and unet.svg are drawn by
+hand.
 """
 import argparse
 import importlib
+import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,32 +21,38 @@ from PIL import Image
 from torchvision.utils import make_grid
 
 PICS = Path(__file__).resolve().parent
-SHOWN = {"MNIST": ("grid", "reverse", "forward", "guidance", "steps", "neighbours", "loss"),
-         "CIFAR10": ("grid", "reverse", "neighbours")}
+SHOWN = {"MNIST": ("grid", "reverse", "forward", "guidance", "neighbours", "loss"),
+         "CIFAR10": ("grid", "reverse")}
 
 
-def model_of(folder, data):
-    """The visual.py of a folder, and its Model with the settings that visual.py has by default."""
+def visual_of(folder):
+    """The visual.py of a folder, with the main.py beside it."""
     for name in ("main", "visual"):
         sys.modules.pop(name, None)
     sys.path.insert(0, str(PICS.parent / folder))
     visual = importlib.import_module("visual")
     sys.path.pop(0)
-    path = PICS.parent / folder / "pretrained.pt"
-    path = path if path.exists() else visual.newest_checkpoint()
-    return visual, visual.Model(path, torch.device("cpu"), None, visual.SAMPLE_STEPS, visual.ETA,
-                                visual.GUIDANCE, visual.GUIDED, 0, data)
+    return visual
+
+
+def model_of(visual, data, path=None, **changes):
+    """A Model with the settings that visual.py has by default, but for the changes."""
+    settings = dict(device="cpu", label=None, steps=visual.SAMPLE_STEPS, eta=visual.ETA,
+                    guidance=visual.GUIDANCE, seed=0, data=data)
+    path = path or visual.HERE / "pretrained.pt"
+    return visual.Model(path, SimpleNamespace(**settings | changes))
 
 
 def save(figure, name):
-    """As a PNG: a grey one in 256 shades; in 256 colours too what would be over 500 kB."""
-    figure.canvas.draw()
-    page = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+    """As a PNG; a grey one, and what would be over 500 kB, in 256 colours."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, bbox_inches="tight")
+    page = Image.open(buffer).convert("RGB")
     page.save(PICS / name, optimize=True)
     if not name.startswith("cifar10") or (PICS / name).stat().st_size > 500_000:
         page.quantize(256, dither=Image.Dither.NONE).save(PICS / name, optimize=True)
     plt.close(figure)
-    print(name, (PICS / name).stat().st_size)
+    print(name, (PICS / name).stat().st_size, flush=True)
 
 
 def sculptor(model):
@@ -52,30 +62,37 @@ def sculptor(model):
     for column, i in zip(axes.T, torch.linspace(0, len(walk) - 1, 8).round().int()):
         t, *images = walk[i]
         for axis, image in zip(column, images):
-            axis.imshow(image[0, 0].clamp(-1, 1), cmap="gray", vmin=-1, vmax=1)
+            axis.imshow(image[0, 0].clamp(-1, 1).numpy(), cmap="gray", vmin=-1, vmax=1)
             axis.set(xticks=[], yticks=[])
-        column[0].set_title(f"t = {t + 1}", fontsize=9)
-    for axis, name in zip(axes[:, 0], ("the block $x_t$", r"the guess $\hat{x}_0$")):
+        column[0].set_title(f"t = {t}", fontsize=9)
+    for axis, name in zip(axes[:, 0], ("the block, x_t", "the guess, x0_hat")):
         axis.set_ylabel(name, fontsize=9)
     return figure
 
 
-def emerging(folder):
-    """The samples of a training run after half a minute, one, two minutes, and at its end."""
-    history = torch.load(folder / "checkpoint.pt", weights_only=True)["history"]
-    step, seconds = np.array([row[:2] for row in history]).T
-    files = sorted((folder / "samples").glob("*.png"))
-    times = np.interp([int(file.stem) for file in files], step, seconds)
-    picks = [np.abs(times - wanted).argmin() for wanted in (30, 60, 120, times[-1])]
-    figure, axes = plt.subplots(2, 2, figsize=(8, 2.3))
-    for axis, k in zip(axes.flat, picks):
-        axis.imshow(Image.open(files[k]), interpolation="nearest")
-        axis.set_title(f"{times[k]:.0f} s, {int(files[k].stem):,} steps", fontsize=9)
-        axis.axis("off")
-    return figure
+def experiments(visual, data, runs):
+    """Two strips of digits: what the experiments of the page give, and what goes wrong."""
+    def digits(name, **changes):
+        model = model_of(visual, data, runs / name / "checkpoint.pt", **changes)
+        return model, model.images(model.labels(10))
+    rows = {name: digits(name)[1] for name in ("unchanged", "linear", "x0", "eps")}
+    main, code = sys.modules["main"], (visual.HERE / "main.py").read_text()
+    exec(code.replace(".clamp(-1, 1)", ""), bare := {**vars(main), "__name__": "bare"})
+    clamped, visual.sample = visual.sample, bare["sample"]
+    rows["eps, no clamp"] = digits("eps")[1].nan_to_num()
+    visual.sample = clamped
+    wrong = {f"--lr {rate}": digits(f"lr{rate}")[1] for rate in ("0.1", "1")}
+    wrong["--guidance 100"] = digits("unchanged", guidance=100)[1]
+    model, _ = digits("eps")
+    model.target = "v"                                  # but it was trained with eps
+    wrong["other target"] = model.images(model.labels(10))
+    for name, strips in (("targets", rows), ("wrong", wrong)):
+        figure = visual.tiled(model, "", torch.cat([*strips.values()]), [*strips])
+        figure.supxlabel("")
+        save(figure, f"mnist-{name}.png")
 
 
-def demo(models, rows=2):
+def demo(models, rows=2, width=600):
     """Digits above colour pictures, frame by frame."""
     walks = [list(model.walk(model.labels(10 * rows))) for model in models]
     count, frames = len(walks[0]), []
@@ -85,12 +102,12 @@ def demo(models, rows=2):
             x_t = walk[round(i * (len(walk) - 1) / (count - 1))][1]
             page = make_grid(x_t, nrow=10, normalize=True, value_range=(-1, 1), pad_value=1)
             page = Image.fromarray((page.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
-            pages.append(page.resize((684, round(684 * page.height / page.width)),
+            pages.append(page.resize((width, round(width * page.height / page.width)),
                                      Image.Resampling.NEAREST))
-        frame = Image.new("RGB", (684, sum(page.height for page in pages)), "white")
+        frame = Image.new("RGB", (width, sum(page.height for page in pages)), "white")
         for k, page in enumerate(pages):
             frame.paste(page, (0, k * pages[0].height))
-        frames.append(frame.quantize(128, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(64, dither=Image.Dither.NONE))
     frames[0].save(PICS / "demo.gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[120] * (count - 1) + [2500], optimize=True)
     print("demo.gif", (PICS / "demo.gif").stat().st_size)
@@ -100,16 +117,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--mnist", help="as --data of MNIST/visual.py")
     parser.add_argument("--cifar10", help="as --data of CIFAR10/visual.py")
+    parser.add_argument("--runs", type=Path, help="folder of the experiments")
     args = parser.parse_args()
     models = []
     for folder, data in (("MNIST", args.mnist), ("CIFAR10", args.cifar10)):
-        visual, model = model_of(folder, data)
-        models.append(model)
+        visual = visual_of(folder)
+        models.append(model_of(visual, data))
         for name in SHOWN[folder]:
-            save(visual.FIGURES[name](model), f"{folder.lower()}-{name}.png")
-    save(sculptor(models[0]), "sculptor.png")
-    if (PICS.parent / "MNIST/runs/checkpoint.pt").exists():
-        save(emerging(PICS.parent / "MNIST/runs"), "mnist-emerging.png")
+            save(visual.FIGURES[name](models[-1]), f"{folder.lower()}-{name}.png")
+        if folder == "MNIST":
+            save(sculptor(models[0]), "sculptor.png")
+            if args.runs:
+                experiments(visual, data, args.runs)
     demo(models)
 
 
