@@ -239,6 +239,7 @@ def draw_samples(net, shape, alpha_bar, path, device):
     noise = torch.randn(len(y), *shape, generator=torch.Generator().manual_seed(0))
     *_, (_, x_0, _) = sample(net, noise.to(device), y, alpha_bar,
                              generator=torch.Generator(device).manual_seed(0))
+    path.parent.mkdir(exist_ok=True)                        # whatever the user tidied away
     save_image(x_0, path, nrow=len(y) // 2, normalize=True, value_range=(-1, 1))
 
 
@@ -314,7 +315,6 @@ def train(args, checkpoint, device):
                 bar.set_postfix(loss=f"{history[-1][2]:.4f}")
             if save:
                 saved = seconds
-                (out / "samples").mkdir(parents=True, exist_ok=True)
                 save_checkpoint(out / "checkpoint.pt", {
                     "config": config, "data": source, "args": vars(args), "step": step,
                     "seconds": seconds, "history": history, "rng": torch.get_rng_state(),

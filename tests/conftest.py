@@ -35,9 +35,8 @@ def run(script, *args, **options):
         process = start(script, *args, **options)
         out, err = process.communicate(timeout=240)
         return process.returncode, out, err
-    out, err, code, handlers = io.StringIO(), io.StringIO(), 0, {}
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        handlers[kind] = signal.getsignal(kind)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [str(script), *map(str, args)])
         patch.syspath_prepend(str((ROOT / script).parent))

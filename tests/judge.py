@@ -3,10 +3,9 @@
     python MNIST/visual.py --export digits.npz --n 2000
     python tests/judge.py digits.npz        a few minutes on two CPU cores; pictures.npz likewise
 
-Prints the share that it recognises, of unseen real images and of the generated ones as the class
-asked for; and the Frechet distance of its 64 features to those of unseen real images, which also
-grows when variety is missing (Heusel et al. 2017, arXiv:1706.08500, with our features: no published
-number compares). Beside it: what as many real training images get.
+Prints the share that it recognises as the class asked for, and the Frechet distance of its 64
+features to those of unseen real images (Heusel et al. 2017, arXiv:1706.08500, with our features: no
+published number compares). Beside each: what real images get.
 """
 import argparse
 
@@ -75,12 +74,11 @@ def main():
         test = torchvision.datasets.MNIST(args.data or ROOT / "MNIST/data", train=False)
         unseen, unseen_labels = test.data[:, None], test.targets
     judge = train(images, labels)
-    reference, share = look(judge, unseen, unseen_labels)
-    print(f"real images: {share:.4f}")
+    reference, real = look(judge, unseen, unseen_labels)
     features, share = look(judge, pixels, wanted)
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:len(pixels)]
     known, _ = look(judge, images[some], labels[some])
-    print(f"{args.file}, {len(pixels)} images: {share:.4f}, Frechet "
+    print(f"{args.file}, {len(pixels)} images: {share:.4f} (real: {real:.4f}), Frechet "
           f"{frechet(features, reference):.2f} (real: {frechet(known, reference):.2f})")
 
 

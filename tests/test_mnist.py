@@ -84,13 +84,13 @@ def test_export_writes_what_a_judge_reads(trained, tmp_path):
 
 
 def test_shipped_weights_draw_the_digit_asked_for(tmp_path):
-    """pretrained.pt: the nearest mean of real digits is mostly that of the class asked for."""
     works(VISUAL, "--checkpoint", "MNIST/pretrained.pt", "--export", tmp_path / "x.npz", "--n", 50)
     made = np.load(tmp_path / "x.npz")
     images, labels, *_ = load("MNIST").load_data("embedded")
     means = torch.stack([images[labels == y].float().mean(0).flatten() for y in range(10)])
+    # the nearest mean of real digits is mostly that of the class asked for; of real digits: 0.81
     guess = torch.cdist(torch.from_numpy(made["images"]).float().flatten(1), means).argmin(1)
-    assert (guess.numpy() == made["labels"]).mean() > 0.6   # real digits: 0.81
+    assert (guess.numpy() == made["labels"]).mean() > 0.6
 
 
 # ---- runs: the same seed, the same run; interrupted or not; nothing overwritten ----
@@ -111,8 +111,7 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(tmp_path, kind):
     process.send_signal(kind)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopping after this step" in out
-    assert 0 < read(tmp_path / "a")["step"] < 60 and not [*(tmp_path / "a/samples").iterdir()]
-    shutil.rmtree(tmp_path / "a/samples")
+    assert 0 < read(tmp_path / "a")["step"] < 60 and not [*tmp_path.glob("a/samples/*")]
     shutil.move(tmp_path / "a", tmp_path / "moved")
     works(MAIN, "--resume", tmp_path / "moved/checkpoint.pt")
     works(MAIN, *SMALL, "--steps", 60, "--out", tmp_path / "b")
@@ -120,7 +119,7 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(tmp_path, kind):
 
 
 def test_a_kill_leaves_a_whole_checkpoint_and_a_pipe_shows_each_line(tmp_path):
-    folder = copied(tmp_path / "hasty", ("SAVE_SECONDS = 30 ", "SAVE_SECONDS = 0.5 "))
+    folder = copied(tmp_path / "hasty", ("SAVE_SECONDS = 30 ", "SAVE_SECONDS = 1 "))
     process = start(folder / "main.py", *SMALL, "--steps", 20000, "--out", tmp_path / "a")
     assert "5,000" in process.stdout.readline() and "parameters" in process.stdout.readline()
     while not [*tmp_path.glob("a/samples/*.png")]:

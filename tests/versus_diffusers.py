@@ -2,10 +2,9 @@
 
     pip install diffusers && python tests/versus_diffusers.py
 
-First `sample` against DDPMScheduler and DDIMScheduler: the same net, the same noise, float64; it
-prints the largest difference. Then one training step of our UNet and of UNet2DModel with the same
-channels, turn by turn; the medians count. As trained: with the fused optimizer, and in bf16 where
-the processor has it.
+First `sample` against DDPMScheduler and DDIMScheduler, same net and noise, in float64: the largest
+difference. Then one training step of our UNet and of UNet2DModel with the same channels, in turn;
+the medians count. As trained: with the fused optimizer, and in bf16 where the processor has it.
 """
 import copy
 import statistics
@@ -33,7 +32,7 @@ def largest_difference(ours, steps, eta):
     for name in "betas", "alphas_cumprod":              # in float64, as ours
         setattr(scheduler, name, alpha_bar[1:] if name == "alphas_cumprod" else
                 1 - alpha_bar[1:] / alpha_bar[:-1])
-    scheduler.final_alpha_cumprod = scheduler.one = torch.tensor(1.0, dtype=torch.float64)
+    scheduler.final_alpha_cumprod = scheduler.one = alpha_bar[0]
     scheduler.set_timesteps(steps)
     generator, x = torch.Generator().manual_seed(1), x_T
     for t in scheduler.timesteps:                       # theirs is one less than the papers'
