@@ -1,5 +1,4 @@
-"""Where the repository is, and its two main.py as modules (apart from conftest.py, which needs
-pytest: judge.py and versus_diffusers.py do not)."""
+"""Where the repository is, and its two main.py as modules; without pytest, for the commands."""
 import importlib.util
 from pathlib import Path
 

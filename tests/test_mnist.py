@@ -164,10 +164,9 @@ def test_a_folder_in_mnist_s_layout_below_home(mnist, tmp_path):
 
 
 def test_without_a_network_it_trains_on_the_embedded_digits(tmp_path):
-    """A host that is silent, and one that is not there."""
     folder = copied(tmp_path / "copy", ("setdefaulttimeout(20)", "setdefaulttimeout(2)"))
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        for k, port in enumerate((silent.getsockname()[1], 9)):
+        for k, port in enumerate((silent.getsockname()[1], 9)):     # nobody listens at 9
             proxies = {f"{kind}_proxy": f"http://127.0.0.1:{port}" for kind in ("http", "https")}
             out = works(folder / "main.py", "--steps", 1, "--batch-size", 4,
                         env=proxies | {"no_proxy": ""})

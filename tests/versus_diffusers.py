@@ -29,9 +29,8 @@ def largest_difference(ours, steps, eta):
     options = dict(trained_betas=(1 - alpha_bar[1:] / alpha_bar[:-1]).numpy(), clip_sample=True,
                    timestep_spacing="trailing")         # T, ..., as ours
     scheduler = DDPMScheduler(**options) if eta is None else DDIMScheduler(**options)
-    for name in "betas", "alphas_cumprod":              # in float64, as ours
-        setattr(scheduler, name, alpha_bar[1:] if name == "alphas_cumprod" else
-                1 - alpha_bar[1:] / alpha_bar[:-1])
+    scheduler.betas = 1 - alpha_bar[1:] / alpha_bar[:-1]    # in float64, as ours
+    scheduler.alphas_cumprod = alpha_bar[1:]
     scheduler.final_alpha_cumprod = scheduler.one = alpha_bar[0]
     scheduler.set_timesteps(steps)
     generator, x = torch.Generator().manual_seed(1), x_T
