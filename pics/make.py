@@ -22,12 +22,12 @@ from torchvision.utils import make_grid
 
 PICS = Path(__file__).resolve().parent
 SHOWN = {"MNIST": ("grid", "reverse", "forward", "guidance", "neighbours", "loss"),
-         "CIFAR10": ("grid", "reverse")}
+         "CIFAR10": ("grid", "reverse"), "PUSHT": ("fan", "drive")}
 
 
 def visual_of(folder):
     """The visual.py of a folder, with the main.py beside it."""
-    for name in ("main", "visual"):
+    for name in ("main", "visual", "world"):
         sys.modules.pop(name, None)
     sys.path.insert(0, str(PICS.parent / folder))
     visual = importlib.import_module("visual")
@@ -92,10 +92,24 @@ def experiments(visual, data, runs):
         save(figure, f"mnist-{name}.png")
 
 
-def demo(models, rows=2, width=600):
-    """Digits above colour pictures, frame by frame."""
+def robot(pushed, width, starts=5, plans=8):
+    """Plans out of noise, a scene for each of the most divided starts: frame by frame."""
+    visual, policy = pushed
+    pose, disc, walk, colours = visual.bundle(policy, plans, starts)
+    for _, paths, _ in walk:
+        figure, axes = plt.subplots(1, starts, figsize=(width / 100, width / 100 / starts), dpi=100)
+        for i, axis in zip(range(0, len(pose), plans), axes):
+            part = slice(i, i + plans)
+            visual.scene(axis, pose[i], disc[i], "", paths[part], colours[part])
+        figure.canvas.draw()
+        yield Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+        plt.close(figure)
+
+
+def demo(models, pushed, rows=2, width=600):
+    """Digits above colour pictures above plans, frame by frame."""
     walks = [list(model.walk(model.labels(10 * rows))) for model in models]
-    count, frames = len(walks[0]), []
+    count, frames, plans = len(walks[0]), [], list(robot(pushed, width))
     for i in range(count):
         pages = []
         for walk in walks:
@@ -104,9 +118,10 @@ def demo(models, rows=2, width=600):
             page = Image.fromarray((page.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
             pages.append(page.resize((width, round(width * page.height / page.width)),
                                      Image.Resampling.NEAREST))
+        pages.append(plans[i])
         frame = Image.new("RGB", (width, sum(page.height for page in pages)), "white")
         for k, page in enumerate(pages):
-            frame.paste(page, (0, k * pages[0].height))
+            frame.paste(page, (0, sum(above.height for above in pages[:k])))
         frames.append(frame.quantize(64, dither=Image.Dither.NONE))
     frames[0].save(PICS / "demo.gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[120] * (count - 1) + [2500], optimize=True)
@@ -129,7 +144,18 @@ def main():
             save(sculptor(models[0]), "sculptor.png")
             if args.runs:
                 experiments(visual, data, args.runs)
-    demo(models)
+    visual = visual_of("PUSHT")
+    settings = dict(device="cpu", steps=visual.SAMPLE_STEPS, eta=visual.ETA, seed=0, starts=200,
+                    driven=visual.DRIVEN)
+    policy, regression, finer = (
+        visual.Model(visual.HERE / name, SimpleNamespace(**settings | changes))
+        for name, changes in (("pretrained.pt", {}), ("regression.pt", {}),
+                              ("pretrained.pt", {"steps": 20})))
+    for name in SHOWN["PUSHT"]:
+        save(visual.FIGURES[name](policy, regression), f"pusht-{name}.png")
+    for name, (frames, fps) in visual.GIFS.items():
+        visual.animate(frames(policy, regression), PICS / f"pusht-{name}.gif", fps)
+    demo(models, (visual, finer))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests share: the two main.py, imported, and both scripts as a user runs them."""
+"""What the tests share: each main.py, imported, and both scripts as a user runs them."""
 import io
 import os
 import re
@@ -40,12 +40,14 @@ def run(script, *args, **options):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [str(script), *map(str, args)])
         patch.syspath_prepend(str((ROOT / script).parent))
-        patch.delitem(sys.modules, "main", raising=False)
+        for name in ("main", "world"):
+            patch.delitem(sys.modules, name, raising=False)
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
-    sys.modules.pop("main", None)
+    for name in ("main", "world"):
+        sys.modules.pop(name, None)
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
     message = f"{code}\n" if isinstance(code, str) else ""
@@ -71,7 +73,7 @@ def fails(*args, words=(), **options):
 def first_step(process):
     """Wait until the training bar has moved."""
     seen = ""
-    while not re.search(r"[1-9]\S* images \[", seen):
+    while not re.search(r"[1-9]\S* (images|plans) \[", seen):
         character = process.stderr.read(1)
         assert character, seen
         seen += character

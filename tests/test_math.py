@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from loading import load
 
 LINEAR = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 F = torch.cos((torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -34,8 +35,9 @@ def noise(seed=1, n=3):
 
 
 def walk(main, net, alpha_bar, **options):
-    labels = torch.arange(3)
-    return list(main.sample(net, noise(), labels, alpha_bar, **{"guidance": 0.0, **options}))
+    if main.HERE.name != "PUSHT":       # a policy has no guidance
+        options = {"guidance": 0.0, **options}
+    return list(main.sample(net, noise(), torch.arange(3), alpha_bar, **options))
 
 
 def test_schedules_at_both_ends(main):
@@ -143,7 +145,9 @@ def test_more_steps_than_levels_are_all_levels(main):
     assert [t for t, _, _ in frames] == list(range(10, -1, -1)) and frames[-1][1].isfinite().all()
 
 
-def test_guidance_is_one_plus_w_of_y_minus_w_of_null(main):
+@pytest.mark.parametrize("folder", ["MNIST", "CIFAR10"])
+def test_guidance_is_one_plus_w_of_y_minus_w_of_null(folder):
+    main = load(folder)
     alpha_bar, calls = main.noise_schedule("cosine", 1000), []
 
     def net(x_t, t, y):
@@ -160,12 +164,16 @@ def test_guidance_is_one_plus_w_of_y_minus_w_of_null(main):
 def test_unet_starts_at_zero_and_listens_to_x_t_and_y(main):
     torch.manual_seed(0)
     net = {"MNIST": lambda: main.UNet(10, (8, 16, 16)),
-           "CIFAR10": lambda: main.UNet(10, (8, 16), 1, 0.0)}[main.HERE.name]().eval()
+           "CIFAR10": lambda: main.UNet(10, (8, 16), 1, 0.0),
+           "PUSHT": lambda: main.UNet((8, 16, 16))}[main.HERE.name]().eval()
     x, t, labels = torch.randn(2, net.stem.in_channels, 28, 28), *torch.tensor([[10, 900], [1, 2]])
+    hidden = torch.full_like(labels, getattr(main, "NULL", 0))
+    if main.HERE.name == "PUSHT":
+        x, labels, hidden = x[:, :, :1, :16], torch.randn(2, 8), torch.zeros(2, 8)
     assert net(x, t, labels).shape == x.shape and (net(x, t, labels) == 0).all()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     base = net(x, t, labels)
     for other in (net(x + 0.1, t, labels), net(x, t + 50, labels), net(x, t, labels + 1),
-                  net(x, t, torch.full_like(labels, main.NULL))):
+                  net(x, t, hidden)):
         assert (base - other).abs().max() > 1e-4

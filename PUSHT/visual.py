@@ -1,0 +1,299 @@
+"""Watch the diffusion policy of main.py at work: the tutorial's figures, drawn from a checkpoint.
+
+    python visual.py                        plans out of noise: figures/reverse.png and .gif
+    python visual.py fan drive              other figures by name; "all" draws every one
+    python visual.py --export FILE.npz --n 5000    observations and plans as arrays
+
+Takes the newest checkpoints in runs/, of the policy and of the regression, else those shipped.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.pop("MPLBACKEND", None)      # a notebook's does not work here
+if "--show" not in sys.argv:            # files only: no window
+    os.environ["MPLBACKEND"] = "Agg"
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.animation import PillowWriter
+
+import world
+from main import (DRIVEN, ETA, HERE, HORIZON, REACH, SAMPLE_STEPS, best_coverage, drive,
+                  load_checkpoint, load_data, noise_schedule, observe, sample)
+
+BLUE, ORANGE, RED = "tab:blue", "tab:orange", "tab:red"
+OUTLINE = torch.tensor([(-2, 1), (2, 1), (2, 0), (.5, 0), (.5, -3), (-.5, -3), (-.5, 0), (-2, 0)])
+OUTLINE[:, 1] += world.BAR[2]
+plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True})
+
+
+class Model:
+    """A checkpoint with the sampler settings of the command line: all that a figure needs."""
+
+    def __init__(self, path, args):
+        self.checkpoint, self.net = load_checkpoint(path, args.device)
+        self.config = self.checkpoint["config"]
+        self.target, self.seed, self.device = self.config["target"], args.seed, args.device
+        self.alpha_bar = noise_schedule(self.config["schedule"], self.config["T"]).to(self.device)
+        self.options = {"steps": 1 if self.config["regression"] else args.steps, "eta": args.eta}
+        self.n, self.driven = args.starts, args.driven
+
+    def starts(self, n):
+        """n unseen starts, poses and discs: with seed 0 those that main.py ends with."""
+        return world.starts(n, torch.Generator().manual_seed(self.seed + 1))
+
+    def walk(self, pose, disc):
+        """main.sample for discs (B, 2) at rest: yields (t, x_t, x0_hat), paths (B, 16, 2)."""
+        torch.manual_seed(self.seed)
+        noise = torch.randn(len(pose), 2, 1, HORIZON).to(self.device)
+        y = observe(pose, disc, disc).to(self.device)
+        for t, *pair in sample(self.net, noise, y, self.alpha_bar, self.target, **self.options):
+            yield t, *(world.to_world(REACH * x.cpu().float().squeeze(2).transpose(1, 2), pose)
+                       for x in pair)
+
+    def drive(self, pose, disc, **changes):
+        generator = torch.Generator().manual_seed(self.seed)
+        return drive(self.net, pose, disc, self.alpha_bar, self.target, generator=generator,
+                     **{"driven": self.driven} | self.options | changes)
+
+
+def drive_expert(pose, disc):
+    """The closed loop of the expert that gave the demonstrations."""
+    expert = world.Expert(len(pose), torch.Generator().manual_seed(0))
+    for _ in range(world.STEPS):
+        pose, disc = world.step(pose, disc, expert(pose, disc))
+        yield pose, disc
+
+
+# ---- Scenes: goal, block, disc and paths; in rows, or one after another ------------------------
+def scene(axis, pose, disc, title, paths, colours, size=6.5):
+    """Draws pose (3,), disc (2,) and paths (B, K, 2), each in its colour, on one axis."""
+    axis.add_patch(plt.Polygon(OUTLINE, color="#b7e1b0"))
+    axis.add_patch(plt.Polygon(world.to_world(OUTLINE[None], pose[None])[0], fc="0.72", ec="0.4"))
+    axis.add_patch(plt.Circle(disc, world.RADIUS, facecolor="#7fa8d9", edgecolor="0.3", zorder=2))
+    for path, colour in zip(paths, colours):
+        axis.plot(*path.T, color=colour, lw=2 if colour == RED else 1, marker=".", ms=3)
+    axis.set(xlim=(-size, size), ylim=(-size, size), aspect="equal", xticks=[], yticks=[])
+    axis.set_title(title, fontsize=8)
+    axis.spines[:].set_color("0.8")
+
+
+def strip(title, frames):
+    """One column a frame, one row a scene of it."""
+    rows, columns = len(frames[0]), len(frames)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.8 * columns, 2 * rows + 0.3))
+    figure.suptitle(title)
+    for axis, what in zip(axes.flat, (what for row in zip(*frames) for what in row)):
+        scene(axis, *what)
+    return figure
+
+
+def animate(frames, path, fps):
+    """A GIF: the scenes of a frame side by side, in rows of at most four."""
+    shape = max(len(frames[0]) // 4, 1), min(len(frames[0]), 4)
+    figure, axes = plt.subplots(*shape, figsize=(7.2, 4))
+    writer = PillowWriter(fps=fps)
+    with writer.saving(figure, path, dpi=100):
+        for frame in frames + fps * frames[-1:]:            # the last one stays for a second
+            for axis, what in zip(axes.flat, frame):
+                axis.clear()
+                scene(axis, *what)
+            writer.grab_frame()
+            figure.set_layout_engine("none")    # keep the first frame's layout: twice as fast
+    plt.close(figure)
+
+
+def side(paths, pose):
+    """+1 for paths (B, 16, 2) that lead round the block anticlockwise, -1 for clockwise: (B,)."""
+    turn = world.angle(world.to_block(paths, pose)).diff(dim=1)
+    return ((turn + torch.pi) % (2 * torch.pi) - torch.pi).sum(1).sign()
+
+
+def divided(model, k, n=100, plans=16):
+    """Poses and discs of the k starts, of n unseen ones, at which the plans divide the most."""
+    pose, disc = (x.repeat_interleave(plans, 0) for x in model.starts(n))
+    *_, (_, _, paths) = model.walk(pose, disc)
+    points = world.to_block(paths, pose).view(n, plans, -1, 2)
+    # by how much the average plan leads nearer to the block's centre than the plans do
+    nearer = points.norm(dim=-1).mean(dim=1) - points.mean(dim=1).norm(dim=-1)
+    i = nearer.mean(dim=1).topk(k).indices * plans
+    return pose[i], disc[i]
+
+
+def bundle(model, k, n=1):
+    """k plans from each of the n most divided starts: pose, disc, walk from noise, colours."""
+    pose, disc = (x.repeat_interleave(k, 0) for x in divided(model, n))
+    walk = list(model.walk(pose, disc))
+    return pose, disc, walk, [BLUE if way > 0 else ORANGE for way in side(walk[-1][1], pose)]
+
+
+# ---- The figures: each a function of a Model and of the regression's -------------------------
+def denoising(model, _):
+    """Plans from one start, level by level: a scene of x_t, one of the guess x0_hat."""
+    pose, disc, walk, colours = bundle(model, 16)
+    return [[(pose[0], disc[0], f"{name}, t = {t}", paths, colours)
+             for name, paths in (("x_t", x_t), ("x0_hat", x0_hat))] for t, x_t, x0_hat in walk]
+
+
+def driving(model, regression, n=4, every=4):
+    """The n most divided starts: scenes of the diffusion policy, then of the regression."""
+    films, start = [], divided(model, n)
+    for policy, name, colour in ((model, "diffusion", BLUE), (regression, "regression", RED)):
+        films.append(film := [])
+        best = torch.zeros(n)
+        for k, (pose, disc, path) in enumerate(policy.drive(*start)):
+            best = torch.maximum(best, world.coverage(pose))
+            film.append([(pose[i], disc[i], f"{name}, step {k}: {best[i]:.0%}", path[i:i + 1],
+                          [colour]) for i in range(n)])
+    return [above + below for above, below in zip(*films)][::every]
+
+
+def reverse(model, regression):
+    """From noise to motion: x_t, and below it the guess x0_hat."""
+    frames = denoising(model, regression)
+    shown = frames[:-1:max(len(frames) // 5, 1)] + frames[-1:]
+    return strip("The reverse process: 16 plans from one start", shown)
+
+
+def fan(model, regression, k=30):
+    """Plans from four starts where both ways are open, and the one plan of the regression."""
+    pose, disc, walk, colours = bundle(model, k, 4)
+    *_, (_, _, average) = regression.walk(pose[::k], disc[::k])
+    return strip(f"{k} plans from each start, and the one plan of the regression (red)", [
+        [(pose[i], disc[i], "", [*walk[-1][1][i:i + k], average[i // k]], colours[i:i + k] + [RED])]
+        for i in range(0, 4 * k, k)])
+
+
+def film(model, regression):
+    """A filmstrip of the closed loop: the diffusion policy above the regression."""
+    return strip("The plans and the best coverage so far", driving(model, regression, 1, 20)[:8])
+
+
+def bars(runs):
+    """Drives each policy: a table of how often it succeeds, and bars with 95 % intervals."""
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    for i, (name, frames) in enumerate(runs.items()):
+        began, best, line = time.perf_counter(), best_coverage(frames), f"{name}: "
+        for k, (level, colour) in enumerate(((0.9, "#9ec5ea"), (0.95, BLUE))):
+            n, share = len(best), (best >= level).float().mean().item()
+            middle = (share + 1.92 / n) / (1 + 3.84 / n)                # Wilson 1927
+            half = 1.96 * (share * (1 - share) / n + 0.96 / n ** 2) ** 0.5 / (1 + 3.84 / n)
+            line += f"{share:.1%} ({middle - half:.1%} to {middle + half:.1%}) reach {level:.2f}, "
+            axis.bar(i + 0.4 * k - 0.2, share, 0.38, color=colour)
+            axis.errorbar(i + 0.4 * k - 0.2, middle, half, color="0.2", capsize=3)
+        print(f"{line}mean best {best.mean():.3f}, {time.perf_counter() - began:.1f} s", flush=True)
+    axis.set_xticks(range(len(runs)), runs)
+    axis.set(ylim=(0, 1.05), title="Share that reaches 0.90 (light), 0.95 (dark)")
+    return figure
+
+
+def success(model, regression):
+    """How often each policy brings the block to the goal."""
+    start, (plans, seen, _) = model.starts(model.n), load_data(model.config["episodes"])
+
+    def look_up(x_t, t, y):             # instead of a net: the plan of the most similar y is x0_hat
+        return plans[torch.cdist(y.cpu(), seen).argmin(1)].to(x_t)
+    return bars({
+        "expert": drive_expert(*start), "diffusion": model.drive(*start),
+        "regression": regression.drive(*start),
+        "look-up": drive(look_up, *start, model.alpha_bar, "x0", model.driven, steps=1)})
+
+
+def steps(model, _):
+    """Success against the number of sampling steps a plan."""
+    start = model.starts(model.n)
+    return bars({f"{n} steps": model.drive(*start, steps=n) for n in (1, 2, 5, 10, 20)})
+
+
+def copying(model, _):
+    """Is it copying? Generated plans, and the plans of the demonstrations nearest to them."""
+    demonstrations = REACH * load_data(model.config["episodes"])[0].squeeze(2).transpose(1, 2)
+    pose, disc = model.starts(5)
+    *_, (_, _, paths) = model.walk(pose, disc)
+    made, points = world.to_block(paths, pose), world.to_block(disc[:, None], pose)[:, 0]
+    distance = torch.cdist(made.flatten(1), demonstrations.flatten(1)) / HORIZON ** 0.5
+    figure, axes = plt.subplots(1, 5, figsize=(11, 2.9))
+    figure.suptitle("Is it copying? Plans (blue), the nearest demonstrations (grey)", fontsize=10)
+    for axis, plan, row, point in zip(axes, made, distance, points):
+        near, i = row.topk(3, largest=False)
+        scene(axis, torch.zeros(3), point, f"{near[0]:.2f} units apart",
+              [*demonstrations[i], plan], 3 * ["0.35"] + [BLUE], size=5)
+        axis.patches[0].remove()                            # the goal is elsewhere in this frame
+    return figure
+
+
+def loss(model, regression):
+    """The curves of both trainings. They answer different questions: compare neither's height."""
+    figure, axis = plt.subplots(figsize=(5, 3.2))
+    for policy, colour in ((model, BLUE), (regression, RED)):
+        step, _, value = np.array(policy.checkpoint["history"]).T
+        axis.plot(step / 1000, value, color=colour)
+    axis.set(xlabel="thousand steps", ylabel=f"loss ({model.target})", ylim=(0, 0.15),
+             title="Diffusion, all t (blue); regression, t = T (red)")
+    return figure
+
+
+FIGURES = {"reverse": reverse, "fan": fan, "drive": film, "success": success, "steps": steps,
+           "copying": copying, "loss": loss}
+GIFS = {"reverse": (denoising, 2), "drive": (driving, 12)}     # frames a second
+
+
+def export(model, path, n):
+    """n unseen starts: observations float32 (n, 8), plans (n, 16, 2) in the block's frame."""
+    pose, disc = model.starts(n)
+    *_, (_, _, paths) = model.walk(pose, disc)
+    np.savez_compressed(path, observations=observe(pose, disc, disc).numpy(),
+                        plans=world.to_block(paths, pose).numpy())
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw what a policy plans, and drive it.")
+    devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    newest, baseline = (max((HERE / "runs").glob(f"*{end}/checkpoint.pt"), default=HERE / shipped,
+                            key=lambda path: path.stat().st_mtime) for end, shipped
+                        in (("[0-9]", "pretrained.pt"), ("-regression", "regression.pt")))
+    add, path = parser.add_argument, os.path.expanduser
+    add("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(FIGURES)} or all [reverse]")
+    add("--steps", type=int, default=SAMPLE_STEPS, help="sampler steps [%(default)s]")
+    add("--eta", type=float, default=ETA, help="1 is DDPM, 0 is DDIM [%(default)s]")
+    add("--driven", type=int, default=DRIVEN, help="steps before it looks again [%(default)s]")
+    add("--starts", type=int, default=200, help="episodes of success and steps [%(default)s]")
+    add("--seed", type=int, default=0, help="of starts and noise [%(default)s]")
+    add("--device", choices=devices, default=devices[0], help="[%(default)s]")
+    add("--checkpoint", type=path, default=newest, help="[the newest in runs/, else pretrained.pt]")
+    add("--regression", type=path, default=baseline, help="[the newest, else regression.pt]")
+    add("--out", type=path, default=HERE / "figures", help="folder for them [figures/ here]")
+    add("--show", action="store_true", help="open a window for each figure too")
+    add("--export", type=path, metavar="FILE.npz", help="write plans as arrays instead")
+    add("--n", type=int, default=1000, help="how many plans to export [%(default)s]")
+    args = parser.parse_args()
+    names = list(FIGURES) if "all" in args.figures else args.figures or ["reverse"]
+    if not set(names) <= set(FIGURES):
+        parser.error(f"no such figure: there are {', '.join(FIGURES)} and all")
+    if not (min(args.n, args.starts, args.steps) > 0 and 0 <= args.eta <= 1
+            and 1 <= args.driven <= HORIZON):
+        parser.error("--steps, --starts and --n are above zero, --eta is 0 to 1, --driven 1 to 16")
+    model, out = Model(args.checkpoint, args), Path(args.out)
+    print(f"checkpoint: {args.checkpoint}", flush=True)
+    if args.export:
+        return export(model, Path(args.export).with_suffix(".npz"), args.n)
+    regression = Model(args.regression, args)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        FIGURES[name](model, regression).savefig(out / f"{name}.png", bbox_inches="tight")
+        print(out / f"{name}.png", "and .gif" if name in GIFS else "", flush=True)
+        if name in GIFS:
+            frames, fps = GIFS[name]
+            animate(frames(model, regression), out / f"{name}.gif", fps)
+    if args.show:
+        plt.show()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,119 @@
+"""PUSHT/: its world against what physics says, its expert, and both commands as users run them."""
+import math
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import fails, first_step, start, works
+from loading import ROOT, load
+from PIL import Image
+from test_mnist import copied, same
+
+MAIN, VISUAL = "PUSHT/main.py", "PUSHT/visual.py"
+SMALL = ["--batch-size", 64, "--episodes", 30, "--device", "cpu"]
+main = load("PUSHT")
+world = main.world
+
+
+def random(n, seed=0):
+    return world.starts(n, torch.Generator().manual_seed(seed))
+
+
+def test_a_push_through_the_centre_only_moves():
+    pose = torch.tensor([[0.3, -0.2, 0.7]])
+    ends = torch.tensor([[[0.0, world.BAR[3] + world.RADIUS], [0.0, world.BAR[3]]]])
+    disc, command = world.to_world(ends, pose).unbind(1)
+    after, _ = world.step(pose, disc, command)
+    torch.testing.assert_close(after[:, :2] - pose[:, :2], command - disc, atol=1e-4, rtol=0)
+    assert abs(after[0, 2] - 0.7) < 1e-5
+
+
+def test_mirrored_world_mirrored_motion_and_bounded_penetration():
+    pose, disc = random(100)
+    mirror, deepest = torch.tensor([-1.0, 1.0, -1.0]), 0.0
+    other = pose * mirror, disc * mirror[:2]
+    for _ in range(25):
+        pose, disc = world.step(pose, disc, pose[:, :2])        # straight at the block's centre
+        other = world.step(*other, other[0][:, :2])
+        p = world.to_block(disc[:, None], pose)[:, 0]
+        deepest = max(deepest, (world.RADIUS - (p - world.nearest(p)).norm(dim=1)).max().item())
+    torch.testing.assert_close(other[0] * mirror, pose, atol=0.02, rtol=0)
+    assert 0 <= deepest < 0.2 * world.RADIUS
+
+
+def test_coverage_and_frames():
+    poses = torch.tensor([[0.0, 0, 0], [0, 0, 2 * math.pi], [9, 0, 0], [0.03, 0, 0], [0, 0.03, 0]])
+    stem_and_bar = torch.tensor([1, 1, 0, 1 - 0.03 * 4 / 7, 1 - 0.03 * 4 / 7])  # what sticks out
+    torch.testing.assert_close(world.coverage(poses), stem_and_bar, atol=1e-4, rtol=0)
+    assert world.C2 == pytest.approx(1.770, abs=2e-3) and world.GRID.mean(0).abs().max() < 1e-6
+    pose, disc = random(50)
+    points = torch.randn(50, 7, 2, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(world.to_world(world.to_block(points, pose), pose), points)
+    y = main.observe(pose, disc, disc)
+    back = world.to_world(4 * torch.stack([y[:, :2], y[:, 4:6]], 1), pose)
+    torch.testing.assert_close(back, torch.stack([disc, 0 * disc], 1), atol=1e-5, rtol=0)
+
+
+def test_fifty_episodes_of_the_expert():
+    pose, disc = random(50, seed=3)
+    expert, best = world.Expert(50, torch.Generator().manual_seed(0)), torch.zeros(50)
+    for _ in range(world.STEPS):
+        pose, disc = world.step(pose, disc, expert(pose, disc))
+        best = torch.maximum(best, world.coverage(pose))
+    assert (best >= 0.95).sum() >= 49
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A copy with 30 levels, a narrow net and short episodes, after 200 steps of each kind."""
+    folder = copied(tmp_path_factory.mktemp("a reader") / "my PUSHT", ("T = 1000 ", "T = 30 "),
+                    ("32, 64, 64", "8, 16, 16"), ("starts(200", "starts(9"), source="PUSHT")
+    code = (folder / "world.py").read_text()
+    (folder / "world.py").write_text(code.replace("STEPS = 300", "STEPS = 32"))
+    return folder, [works(folder / "main.py", *SMALL, "--steps", 200, *kind)
+                    for kind in ([], ["--regression"])]
+
+
+def test_it_learns_says_its_success_and_draws_every_figure(trained, tmp_path):
+    folder, outs = trained
+    assert "an expert drives 30" in outs[0] and "an expert" not in outs[1]      # made once
+    for out, run in zip(outs, sorted((folder / "runs").iterdir())):
+        history = torch.load(run / "checkpoint.pt")["history"]
+        assert "unseen starts" in out and history[-1][2] < 0.9 * history[0][2]
+    (folder / "data/30.pt").write_bytes(b"cut")                         # is made anew
+    works(folder / "visual.py", "all", "--out", tmp_path, "--steps", 3, "--starts", 4)
+    assert len([*tmp_path.iterdir()]) == 7 + 2                          # figures and gifs
+    for path in tmp_path.iterdir():
+        assert np.asarray(Image.open(path).convert("L")).std() > 10, path
+    works(folder / "visual.py", "--export", tmp_path / "x.npz", "--n", 5, "--steps", 2)
+    made = np.load(tmp_path / "x.npz")
+    assert made["observations"].shape == (5, 8) and made["plans"].shape == (5, 16, 2)
+
+
+def test_stopped_and_resumed_is_the_same_run_and_broken_files_are_one_line(trained, tmp_path):
+    script, small = trained[0] / "main.py", [*SMALL, "--steps", 300]
+    process = start(script, *small, "--out", tmp_path / "a")
+    first_step(process)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "unseen" not in out and "next" in out
+    works(script, "--resume", tmp_path / "a/checkpoint.pt")
+    works(script, *small, "--out", tmp_path / "b")
+    assert same(*(torch.load(tmp_path / name / "checkpoint.pt") for name in "ab"))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "a/checkpoint.pt").read_bytes()[:-5000])
+    fails(VISUAL, "--checkpoint", tmp_path / "cut.pt", words=["cut.pt"])
+    fails(MAIN, "--resume", "PUSHT/pretrained.pt", words=["not a run"])
+    fails(MAIN, "--episodes", 0)
+    fails(VISUAL, "--driven", 17)
+    fails(VISUAL, "--steps", 0)
+
+
+def test_shipped_weights_push_and_the_average_does_not():
+    shares = []
+    for name in ("pretrained", "regression"):
+        _, net = main.load_checkpoint(ROOT / "PUSHT" / f"{name}.pt")
+        frames = main.drive(net, *random(16, seed=5), main.noise_schedule("cosine", 1000),
+                            generator=torch.Generator(), steps=5 if name == "pretrained" else 1)
+        shares.append((main.best_coverage(frames) >= 0.9).float().mean().item())
+    assert shares[0] >= 0.8 and shares[0] >= shares[1] + 0.2
