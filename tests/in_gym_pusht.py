@@ -2,12 +2,10 @@
 There the disc is pulled by a damped spring, and the block is harder to turn."""
 import math
 import sys
-import warnings
 
 import torch
 from loading import ROOT, load
 
-warnings.filterwarnings("ignore")
 try:
     import gym_pusht  # registers PushT-v0
     import gymnasium

@@ -12,4 +12,5 @@ def load(folder):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.path.pop(0)
+    sys.modules.pop("world", None)              # a copy that a test runs has its own
     return module

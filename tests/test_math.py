@@ -24,19 +24,17 @@ def perfect(x_0, alpha_bar, target):
     return net
 
 
-def image(seed=0, n=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n, 1, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
+def image():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(3, 1, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
 
 
-def noise(seed=1, n=3):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float64)
+def noise():
+    return torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def walk(main, net, alpha_bar, **options):
-    if main.HERE.name != "PUSHT":       # a policy has no guidance
-        options = {"guidance": 0.0, **options}
+    options = ({} if main.HERE.name == "PUSHT" else {"guidance": 0.0}) | options
     return list(main.sample(net, noise(), torch.arange(3), alpha_bar, **options))
 
 
