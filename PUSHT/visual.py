@@ -37,7 +37,8 @@ class Model:
         self.checkpoint, self.net = load_checkpoint(path, args.device)
         self.config = self.checkpoint["config"]
         self.target, self.seed, self.device = self.config["target"], args.seed, args.device
-        self.alpha_bar = noise_schedule(self.config["schedule"], self.config["T"]).to(self.device)
+        alpha_bar = noise_schedule(self.config["schedule"], self.config["T"])
+        self.alpha_bar = alpha_bar.float().to(self.device)
         self.options = {"steps": 1 if self.config["regression"] else args.steps, "eta": args.eta}
         self.n, self.driven = args.starts, args.driven
 

@@ -157,9 +157,9 @@ def mnist(tmp_path):
     return tmp_path / "data"
 
 
-def test_a_folder_in_mnist_s_layout_below_home(mnist, tmp_path):
-    out = works(MAIN, "--data=~/data", "--steps", 2, "--batch-size", 4, "--out=~/out",
-                env={"HOME": str(tmp_path)})
+def test_a_folder_in_mnist_s_layout_below_home(mnist, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = works(MAIN, "--data=~/data", "--steps", 2, "--batch-size", 4, "--out=~/out")
     assert "100 digits" in out and (tmp_path / "out/checkpoint.pt").exists()
     images = mnist / "MNIST/raw/train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-1000])
@@ -167,13 +167,14 @@ def test_a_folder_in_mnist_s_layout_below_home(mnist, tmp_path):
     fails(MAIN, "--data", tmp_path / "nowhere", words=["nowhere"])
 
 
-def test_without_a_network_it_trains_on_the_embedded_digits(tmp_path):
+def test_without_a_network_it_trains_on_the_embedded_digits(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "")
     folder = copied(tmp_path / "copy", NARROW, ("setdefaulttimeout(20)", "setdefaulttimeout(2)"))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         for k, port in enumerate((silent.getsockname()[1], 9)):     # nobody listens at 9
-            proxies = {f"{kind}_proxy": f"http://127.0.0.1:{port}" for kind in ("http", "https")}
-            out = works(folder / "main.py", "--steps", 1, "--batch-size", 4,
-                        env=proxies | {"no_proxy": ""})
+            for kind in ("http_proxy", "https_proxy"):
+                monkeypatch.setenv(kind, f"http://127.0.0.1:{port}")
+            out = works(folder / "main.py", "--steps", 1, "--batch-size", 4)
             assert "training on the 5,000 embedded digits" in out
             assert not [*(folder / "data").iterdir()]   # nothing half-written is left
             assert len([*(folder / "runs").iterdir()]) == k + 1
@@ -195,7 +196,6 @@ def test_two_programs_that_download_at_once(mnist, tmp_path, monkeypatch):
     assert len(images) == 100
 
 
-# ---- checkpoints ----
 def test_bad_checkpoints(trained, tmp_path):
     good = next((trained[0] / "runs").glob("*/checkpoint.pt"))
     checkpoint = torch.load(good, weights_only=True)
