@@ -2,19 +2,20 @@
 
     python visual.py                        pictures out of noise: figures/reverse.png and .gif
     python visual.py grid steps             other figures by name; "all" draws every one
-    python visual.py --label horse          one class only
-    python visual.py --export FILE.npz --n 5000    images and labels as arrays, for a judge
+    python visual.py --label horse          one class
+    python visual.py --export FILE.npz --n 5000    images and labels as arrays
 
 Takes the newest checkpoint in runs/, else pretrained.pt. Net, schedule and sampler are main.py's.
 """
 import argparse
 import os
 import sys
-import time
+import tempfile
+import unicodedata
 from pathlib import Path
 
-os.environ.pop("MPLBACKEND", None)      # a notebook's does not work here
-if "--show" not in sys.argv:            # files only: no window
+os.environ.pop("MPLBACKEND", None)  # a notebook sets one that draws into its page only
+if "--show" not in sys.argv:  # files only: no window
     os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,49 +24,72 @@ from matplotlib.animation import PillowWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from main import (ETA, GUIDANCE, HERE, SAMPLE_STEPS, load_checkpoint, load_data, noise_schedule,
-                  q_sample, sample, to_target)
+from main import HERE
 
-TILE = 0.7              # inches a side of an image in a figure
+if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
+    sys.exit(f"error: the main.py of {HERE} is loaded: restart the kernel")
+from main import (ETA, GUIDANCE, SAMPLE_STEPS, absolute, load_checkpoint, load_data,
+                  noise_schedule, q_sample, run, sample, to_target)
+
+TILE = 0.7              # inches a side of an image
+plt.style.use("default")  # whatever matplotlibrc says
 plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True,
-                     "text.parse_math": False})             # a class may be called $1
+                     "text.parse_math": False})  # a class may be called $1
 
 
 class Model:
-    """A checkpoint with the sampler settings of the command line: all that a figure needs."""
+    """What a figure needs: a checkpoint's net, schedule and classes, and the flags."""
 
     def __init__(self, path, args):
         self.checkpoint, self.net = load_checkpoint(path, args.device)
         config = self.checkpoint["config"]
-        self.target, self.classes = config["target"], config["classes"]
-        self.label, self.seed, self.device = args.label, args.seed, args.device
+        self.target = config["target"]
+        self.classes = config["classes"]
         self.alpha_bar = noise_schedule(config["schedule"], config["T"])
         self.shape = (self.net.stem.in_channels, config["size"], config["size"])
-        if args.label is not None and args.label not in self.classes:
-            sys.exit(f"error: --label {args.label}: the classes are {', '.join(self.classes)}")
         self.options = {"steps": min(args.steps, config["T"]), "eta": args.eta,
                         "guidance": args.guidance}
+        self.seed = args.seed
+        self.device = args.device
         self.data = args.data or self.checkpoint.get("args", {}).get("data")
+        self.label = args.label and unicodedata.normalize("NFC", args.label)
+        if self.label and self.label not in self.classes:
+            sys.exit(f"error: --label {self.label}: the classes are {', '.join(self.classes)}")
 
     def labels(self, n):
         """n labels, int64 (n,): the classes in rotation, or --label alone."""
-        if self.label is not None:
+        if self.label:
             return torch.full((n,), self.classes.index(self.label))
         return torch.arange(n) % len(self.classes)
 
-    def walk(self, y, **changes):
-        """main.sample from the noise of --seed: yields (t, x_t, x0_hat) on the CPU."""
-        noise = torch.randn(len(y), *self.shape, generator=torch.Generator().manual_seed(self.seed))
-        generator = torch.Generator(self.device).manual_seed(self.seed + 1)
-        for t, x_t, x0_hat in sample(self.net, noise.to(self.device), y.to(self.device),
-                                     self.alpha_bar, self.target, generator=generator,
-                                     **self.options | changes):
+    def generators(self):
+        """By --seed: one for x_T, on the CPU, one for the sampler's fresh noise."""
+        later = torch.Generator(self.device).manual_seed(self.seed + 1)
+        return torch.Generator().manual_seed(self.seed), later
+
+    def walk(self, y, generators=None, **changes):
+        """main.sample for the classes y (B,): yields (t, x_t, x0_hat) on the CPU."""
+        first, later = generators or self.generators()
+        x_T = torch.randn(len(y), *self.shape, generator=first)
+        options = self.options | changes
+        for t, x_t, x0_hat in sample(self.net, x_T.to(self.device), y.to(self.device),
+                                     self.alpha_bar, self.target, generator=later, **options):
             yield t, x_t.cpu(), x0_hat.cpu()
 
     def images(self, y, **changes):
         """Generated images (B, C, H, W) in [-1, 1] of the classes y (B,)."""
-        *_, (_, x_0, _) = self.walk(y, **changes)
+        for _, x_0, _ in self.walk(y, **changes):
+            pass  # the last one is x_0
         return x_0
+
+    def real(self, y):
+        """Real images (B, C, H, W) in [-1, 1] of the classes y (B,)."""
+        images, labels, *_ = load_data(self.data, self.shape[1])
+        found = []
+        for k, name in enumerate(y):
+            of_class = images[labels == name]
+            found.append(of_class[k % len(of_class)])
+        return torch.stack(found).float() / 127.5 - 1
 
 
 def tiled(model, title, images, rows, columns=None, varied=None):
@@ -81,66 +105,73 @@ def tiled(model, title, images, rows, columns=None, varied=None):
 
 def draw(axis, images, row_titles, column_titles):
     """The tiles and their titles on one axis."""
-    pad, (H, W) = 2, images.shape[2:]
+    pad = 2
+    H, W = images.shape[2:]
     page = make_grid(images, nrow=len(images) // len(row_titles), padding=pad, normalize=True,
                      value_range=(-1, 1), pad_value=1)
     axis.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
+    turned = max(map(len, column_titles), default=0) > 8
     axis.set_yticks([pad + H / 2 + i * (H + pad) for i in range(len(row_titles))], row_titles)
     axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))], column_titles,
-                    rotation=30 * (max(map(len, column_titles), default=0) > 8))
+                    rotation=30 if turned else 0)
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
 
 
-# ---- The figures: each a function of a Model ------------------------------------------------
+# ---- The figures: each a function of a Model ----
 def reverse(model):
     """Five classes, a pair of rows each, from noise to image: x_t, and below it x0_hat."""
-    walk = list(model.walk(y := model.labels(5)))
-    shown = sorted({round(i * (len(walk) - 1) / 10) for i in range(11)})
-    tiles = torch.stack([torch.stack([walk[i][k] for i in shown], 1) for k in (1, 2)], 1)
-    rows = [title for name in y for title in (f"{model.classes[name]}   x_t", "x0_hat")]
+    y = model.labels(5)
+    last = model.options["steps"]
+    shown = {round(i * last / 10) for i in range(11)}
+    frames = [frame for i, frame in enumerate(model.walk(y)) if i in shown]
+    levels, x_t, x0_hat = zip(*frames)
+    tiles = torch.stack([torch.stack(x_t, 1), torch.stack(x0_hat, 1)], 1)  # (5, 2, 11, C, H, W)
+    rows = []
+    for name in y:
+        rows += [f"{model.classes[name]}   x_t", "x0_hat"]
     return tiled(model, "The reverse process: from noise to an image", tiles.flatten(0, 2), rows,
-                 [f"t = {walk[i][0]}" for i in shown])
+                 [f"t = {t}" for t in levels])
 
 
 def animate(model, path):
     """The same as a GIF: x_t on the left, x0_hat on the right, one row per class."""
-    walk = list(model.walk(y := model.labels(10).repeat_interleave(5)))
-    figure, axes = plt.subplots(1, 2, figsize=(6, 6))       # 540 x 540 pixels: whole numbers
+    y = model.labels(10).repeat_interleave(5)
+    rows = [model.classes[name] for name in y[::5]]
+    figure, axes = plt.subplots(1, 2, figsize=(6, 6))
     level = figure.suptitle("", fontsize=10)
     writer = PillowWriter(fps=8)
     with writer.saving(figure, path, dpi=90):
-        for t, *pair in walk + 12 * walk[-1:]:              # the last one stays for a while
+        for t, *pair in model.walk(y):
             for axis, images, title in zip(axes, pair, ("x_t", "x0_hat, the net's guess")):
                 axis.clear()
-                draw(axis, images, [model.classes[name] for name in y[::5]], [])
+                draw(axis, images, rows, [])
                 axis.set_title(title, fontsize=10)
             level.set_text(f"t = {t}")
             writer.grab_frame()
-            figure.set_layout_engine("none")    # keep the first frame's layout: twice as fast
+            figure.set_layout_engine("none")  # keep the first layout: fast
+        for _ in range(12):  # the last one stays for a while
+            writer.grab_frame()
     plt.close(figure)
 
 
 def forward(model):
     """Real images drowning in noise under each schedule, and how much of them is left."""
-    images, labels, *_ = load_data(model.data, model.shape[1])
     T = len(model.alpha_bar) - 1
     levels = [round(T * i / 9) for i in range(10)]
-    schedules = {name: noise_schedule(name, T).float()
-                 for name in ("linear", "cosine", model.checkpoint["config"]["schedule"])}
-    figure, (top, bottom) = plt.subplots(2, figsize=(7, 3 + 2 * len(schedules)),
-                                         height_ratios=[2 * len(schedules), 2])
+    own = model.checkpoint["config"]["schedule"]
+    names = list(dict.fromkeys(("linear", "cosine", "flow", own)))
+    figure, (top, bottom) = plt.subplots(2, figsize=(7, 9), height_ratios=[6, 2])
     figure.suptitle("The forward process: the same noise under each schedule", fontsize=10)
     eps = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(model.seed))
     tiles = []
-    for k, y in enumerate(model.labels(3)):
-        of_class = (labels == y).nonzero().flatten()
-        x_0 = images[of_class[k % len(of_class)]][None].float() / 127.5 - 1
-        for alpha_bar in schedules.values():
+    for x_0 in model.real(model.labels(3)).split(1):
+        for name in names:
+            alpha_bar = noise_schedule(name, T).float()
             tiles += [q_sample(x_0, torch.tensor([t]), eps, alpha_bar) for t in levels]
-    draw(top, torch.cat(tiles), [*schedules] * 3, [f"t = {t}" for t in levels])
-    for name, alpha_bar in schedules.items():
-        bottom.plot(range(T + 1), alpha_bar.numpy(), label=name)
+    draw(top, torch.cat(tiles), names * 3, [f"t = {t}" for t in levels])
+    for name in names:
+        bottom.plot(range(T + 1), noise_schedule(name, T), label=name)
     bottom.set(xlabel="t", ylabel="alpha_bar", xlim=(0, T), ylim=(0, 1))
     bottom.legend(frameon=False)
     return figure
@@ -154,12 +185,9 @@ def grid(model):
 
 def steps(model):
     """The same noise, walked down in few steps and in many."""
-    tiles, T = [], len(model.alpha_bar) - 1
+    T = len(model.alpha_bar) - 1
     counts = [n for n in (5, 10, 25, 50, 250) if n < T] + [T]
-    for n in counts:
-        started = time.perf_counter()
-        tiles.append(model.images(model.labels(10), steps=n))
-        print(f"{n} steps: {time.perf_counter() - started:.1f} seconds for 10 images", flush=True)
+    tiles = [model.images(model.labels(10), steps=n) for n in counts]
     return tiled(model, "The same noise, more steps", torch.cat(tiles),
                  [f"{n} steps" for n in counts], varied="steps")
 
@@ -172,32 +200,49 @@ def guidance(model):
                  varied="guidance")
 
 
+def complete(model):
+    """Real images, their upper halves, and four lower halves that fit: `known` of sample."""
+    y = model.labels(10)
+    x_0 = model.real(y)
+    mask = torch.zeros_like(x_0, dtype=torch.bool)
+    mask[:, :, :x_0.shape[2] // 2] = True
+    known = [x.repeat(4, 1, 1, 1).to(model.device) for x in (mask, x_0)]
+    made = model.images(y.repeat(4), known=known)
+    tiles = torch.cat([x_0, torch.where(mask, x_0, 0), made])
+    return tiled(model, "The upper half is given, the lower half is drawn", tiles,
+                 ["real", "given"] + 4 * ["drawn"])
+
+
 def neighbours(model):
     """Is it copying? Generated images above the training images nearest to them, pixel by pixel."""
     images, *_ = load_data(model.data, model.shape[1])
-    images = torch.cat([images, images.flip(3)])            # a mirrored copy is a copy too
+    images = torch.cat([images, images.flip(3)])  # copies may be mirrored
     made = model.images(model.labels(10))
     distance = torch.cat([torch.cdist(made.flatten(1), part.flatten(1).float() / 127.5 - 1)
-                          for part in images.split(5000)], dim=1)       # (10, N)
-    nearest = distance.topk(3, largest=False).indices
-    tiles = [made] + [images[nearest[:, k]].float() / 127.5 - 1 for k in range(3)]
+                          for part in images.split(5000)], dim=1)  # (10, N)
+    nearest = distance.topk(min(3, len(images)), largest=False).indices
+    tiles = [made] + [images[column].float() / 127.5 - 1 for column in nearest.T]
     return tiled(model, "Is it copying? Generated images and the nearest training images",
-                 torch.cat(tiles), ["generated", "nearest", "second", "third"])
+                 torch.cat(tiles), ["generated", "nearest", "second", "third"][:len(tiles)])
 
 
 @torch.no_grad()
 def loss(model):
     """Why the curve looks flat: most of the loss is made where nobody could predict better."""
     images, labels, *_ = load_data(model.data, model.shape[1])
-    alpha_bar, T, errors = model.alpha_bar.float(), len(model.alpha_bar) - 1, []
-    generator, bins = torch.Generator().manual_seed(model.seed), min(20, T)
-    for k in range(bins):                                   # 100 images at levels of each bin
+    alpha_bar = model.alpha_bar.float()
+    T = len(alpha_bar) - 1
+    bins = min(20, T)
+    errors = []
+    generator = torch.Generator().manual_seed(model.seed)
+    for k in range(bins):  # 100 images at levels of each bin
         t = torch.randint(k * T // bins + 1, (k + 1) * T // bins + 1, (100,), generator=generator)
         i = torch.randint(len(images), t.shape, generator=generator)
         x_0 = images[i].float() / 127.5 - 1
         eps = torch.randn(x_0.shape, generator=generator)
         x_t = q_sample(x_0, t, eps, alpha_bar)
-        output = model.net(*(x.to(model.device) for x in (x_t, t, labels[i]))).cpu()
+        inputs = [x.to(model.device) for x in (x_t, t, labels[i])]
+        output = model.net(*inputs).cpu()
         goal = to_target(x_0, t, eps, alpha_bar, model.target)
         errors.append((output - goal).square().mean().item())
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
@@ -209,19 +254,22 @@ def loss(model):
     return figure
 
 
-FIGURES = {f.__name__: f for f in (reverse, grid, steps, guidance, loss, forward, neighbours)}
+FIGURES = {f.__name__: f for f in
+           (reverse, grid, steps, guidance, loss, forward, neighbours, complete)}
 
 
 def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
-    y, chunks = model.labels(n), []
-    with open(path, "wb") as file:
-        for part in tqdm(y.split(batch), "exporting"):
-            chunks.append(model.images(part))
-            model.seed += batch
+    y = model.labels(n)
+    generators = model.generators()
+    with tempfile.TemporaryDirectory(dir=path.parent) as part:  # whole, or not at all
+        chunks = [model.images(labels, generators=generators)
+                  for labels in tqdm(y.split(batch), "exporting")]
         pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        np.savez_compressed(file, images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy(),
-                            labels=y.numpy())
+        np.savez_compressed(Path(part) / path.name, labels=y.numpy(),
+                            images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy())
+        os.rename(Path(part) / path.name, path)
+    print(path)
 
 
 def main():
@@ -229,7 +277,7 @@ def main():
     devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     newest = max((HERE / "runs").glob("*/checkpoint.pt"), default=HERE / "pretrained.pt",
                  key=lambda path: path.stat().st_mtime)
-    add, path = parser.add_argument, os.path.expanduser
+    add = parser.add_argument
     add("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(FIGURES)} or all [reverse]")
     add("--label", help="this class only")
     add("--steps", type=int, default=SAMPLE_STEPS, help="sampler steps [%(default)s]")
@@ -237,26 +285,30 @@ def main():
     add("--guidance", type=float, default=GUIDANCE, help="w, 0 is off [%(default)s]")
     add("--seed", type=int, default=0, help="of the noise [%(default)s]")
     add("--device", choices=devices, default=devices[0], help="[%(default)s]")
-    add("--checkpoint", type=path, default=newest, help="[the newest in runs/, else pretrained.pt]")
-    add("--data", type=path, help="as main.py's [what the net was trained on]")
-    add("--out", type=path, default=HERE / "figures", help="folder for them [figures/ here]")
+    add("--checkpoint", type=absolute, default=newest, help="[newest in runs/, else pretrained.pt]")
+    add("--data", type=absolute, help="as main.py's [what the net was trained on]")
+    add("--out", type=absolute, default=HERE / "figures", help="folder for them [figures/ here]")
     add("--show", action="store_true", help="open a window for each figure too")
-    add("--export", type=path, metavar="FILE.npz", help="write images as arrays instead")
+    add("--export", type=absolute, metavar="FILE.npz", help="write images as arrays instead")
     add("--n", type=int, default=1000, help="how many images to export [%(default)s]")
     args = parser.parse_args()
     names = list(FIGURES) if "all" in args.figures else args.figures or ["reverse"]
     if not set(names) <= set(FIGURES):
         parser.error(f"no such figure: there are {', '.join(FIGURES)} and all")
-    if not (args.steps > 0 and 0 <= args.eta <= 1 and args.guidance >= 0 and args.n > 0):
+    if not (args.steps > 0 and 0 <= args.eta <= 1 and 0 <= args.guidance < 1e6 and args.n > 0):
         parser.error("--steps and --n are above zero, --eta is 0 to 1, --guidance not below zero")
-    model, out = Model(args.checkpoint, args), Path(args.out)
-    print(f"checkpoint: {args.checkpoint}", flush=True)
+    model = Model(args.checkpoint, args)
+    print(f"checkpoint: {args.checkpoint}")
     if args.export:
-        return export(model, Path(args.export).with_suffix(".npz"), args.n)
+        path = Path(args.export if args.export.endswith(".npz") else args.export + ".npz")
+        if path.exists():
+            parser.error(f"--export: {path} exists")
+        return export(model, path, args.n)
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         FIGURES[name](model).savefig(out / f"{name}.png", bbox_inches="tight")
-        print(out / f"{name}.png", "and .gif" if name == "reverse" else "", flush=True)
+        print(out / f"{name}.png", "and .gif" if name == "reverse" else "")
         if name == "reverse":
             animate(model, out / "reverse.gif")
     if args.show:
@@ -264,7 +316,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    run(main)

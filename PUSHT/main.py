@@ -5,11 +5,8 @@
     python main.py --minutes 30     longer; Ctrl-C saves and stops; --resume FILE goes on
     python visual.py                watch a plan come out of noise
 
-Method: Diffusion Policy (Chi et al. 2023, arXiv:2303.04137); DDPM (Ho et al. 2020,
-arXiv:2006.11239), the cosine schedule (arXiv:2102.09672), the DDIM sampler (arXiv:2010.02502) and
-the v target (arXiv:2202.00512), all as in MNIST/main.py, from which this file differs only where
-x_0 is no picture. Symbols are the papers': x_0 a plan in [-1, 1], the disc's next positions,
-t = 1..T the noise level, x_t the plan at that level, eps the noise in it, y what the robot sees.
+Method: Diffusion Policy (arXiv:2303.04137). This is MNIST/main.py, but x_0 is a plan, the disc's
+next positions in [-1, 1], and y is what the robot sees. Symbols are the papers'.
 """
 import argparse
 import copy
@@ -17,6 +14,8 @@ import math
 import os
 import signal
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -27,72 +26,72 @@ from tqdm import tqdm
 
 import world
 
-# ---- Config: what a reader would play with ---------------------------------------------------
+# ---- Config: what a reader would play with ----
 T = 1000                # noise levels
-SCHEDULE = "cosine"     # or "linear", whose last third is almost pure noise
-TARGET = "v"            # what the net predicts: "v", "eps" as in the DDPM paper, or "x0"
-CHANNELS = 32, 64, 64   # one number per resolution: 16, 8, 4 points of a plan
-HORIZON = 16            # points of a plan, one a control step
-DRIVEN = 4              # how many of them are driven before the robot looks again
-WARMUP = 100            # steps up to the peak learning rate; then half a cosine down to zero
-SAMPLE_STEPS = 5        # sampler: how many of the T levels it visits
-ETA = 0.0               # sampler: 1 is DDPM (exactly so if SAMPLE_STEPS = T), 0 is DDIM
+SCHEDULE = "cosine"     # or "linear", as in DDPM, or "flow"
+TARGET = "v"            # what the net predicts: "v", "eps", "x0" or "flow"
+CHANNELS = (32, 64, 64)     # at 16, 8, 4 points of a plan
+HORIZON = 16            # points of a plan, one a control step; a multiple of 4
+DRIVEN = 4              # how many are driven before the robot looks again
+WARMUP = 100            # steps up to the peak learning rate; then a cosine down to zero
+SAMPLE_STEPS = 5        # how many of the T levels are visited
+ETA = 0.0               # 1 is DDPM, 0 is DDIM
 LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 30       # between two checkpoints
 
 HERE = Path(__file__).resolve().parent
 REACH = 5.0             # a plan's 1 in the world's units
+SIGHT = 4.0             # and that of y
+WAVES = 5               # sines and cosines of each number of y
 
 
-# ---- Data: every 16 commands in a row of an expert, and what it saw before ---------------------
+# ---- Data: an expert's commands, 16 in a row, and what it saw before ----
 def load_data(episodes):
     """Plans float32 (N, 2, 1, 16), observations float32 (N, 8), a line that describes them.
 
-    The expert of world.py drives the episodes once. They stay in data/, with the text of the
-    world.py that made them, and are made anew when it has changed.
+    A plan is a picture two colours deep and one pixel high, so that MNIST's net serves.
     """
-    path, text = HERE / "data" / f"{episodes}.pt", (HERE / "world.py").read_text()
-    made = {}
-    try:
-        made = torch.load(path, weights_only=True)
-    except Exception:                   # whatever a missing or damaged file makes torch raise
-        pass
-    if made.get("world") != text:
-        print(f"an expert drives {episodes:,} episodes", flush=True)
-        made = {"world": text, "episodes": world.demonstrations(episodes)}
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_name(f"{os.getpid()}.pt")          # two runs may begin together
-        save_checkpoint(part, made)
-        part.replace(path)
-    poses, discs, commands, ends = made["episodes"]
-    e, k = ((ends[:, None] - HORIZON) >= torch.arange(poses.shape[1])).nonzero(as_tuple=True)
-    after = k[:, None] + torch.arange(HORIZON)                      # (N, 16)
+    poses, discs, commands, ends = find_demonstrations(episodes)
+    steps = torch.arange(poses.shape[1])
+    e, k = (steps <= ends[:, None] - HORIZON).nonzero(as_tuple=True)
+    after = k[:, None] + torch.arange(HORIZON)  # (N, 16)
+    before = (k - 1).clamp(min=0)
     plans = world.to_block(commands[e[:, None], after], poses[e, k]) / REACH
-    y = observe(poses[e, k], discs[e, k], discs[e, (k - 1).clamp(min=0)])
-    source = f"{episodes:,} demonstrations, {len(y):,} plans"
-    return plans.transpose(1, 2)[:, :, None].contiguous(), y, source
+    plans = plans.transpose(1, 2)[:, :, None].contiguous()
+    y = observe(poses[e, k], discs[e, k], discs[e, before])
+    return plans, y, f"{episodes:,} demonstrations, {len(y):,} plans"
 
 
 def observe(pose, disc, before):
-    """y (B, 8): disc now, disc a step ago, goal (x, y, cos, sin), all in the block's frame; / 4.
+    """y (B, 8): disc now, disc a step ago, goal (x, y, cos, sin), all in the block's frame.
 
-    pose (B, 3), disc (B, 2), before (B, 2) in the world's frame, in which the goal is (0, 0, 0).
+    pose (B, 3), disc (B, 2), before (B, 2) in the world's frame, where the goal is (0, 0, 0).
     """
-    points = world.to_block(torch.stack([disc, before, torch.zeros_like(disc)], dim=1), pose) / 4
+    goal = torch.zeros_like(disc)
+    points = world.to_block(torch.stack([disc, before, goal], dim=1), pose) / SIGHT
     return torch.cat([points.flatten(1), pose[:, 2:].cos(), -pose[:, 2:].sin()], dim=1)
 
 
-# ---- The idea: noise can be added in one step ------------------------------------------------
-def noise_schedule(name, T):
-    """alpha_bar, float64 (T + 1,): the share of the plan's variance left at t = 0..T; at 0 all.
+def to_path(x, pose):
+    """Plans x (B, 2, 1, 16) as points (B, 16, 2) in the world's frame; pose (B, 3)."""
+    return world.to_world(REACH * x.squeeze(2).transpose(1, 2), pose)
 
-    linear: DDPM, Section 4. cosine: improved DDPM, Eq. 17, beta clipped at 0.999.
+
+# ---- The idea: noise can be added in one step ----
+def noise_schedule(name, T):
+    """alpha_bar, float64 (T + 1,): the share of x_0's variance left at t = 0..T.
+
+    linear: DDPM, Section 4. cosine: improved DDPM, Eq. 17. flow: the straight line
+    (1 - t/T) x_0 + (t/T) eps, scaled to variance 1. beta is clipped at 0.999.
     """
-    t = torch.arange(T + 1, dtype=torch.float64) / T
-    f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    beta = {"linear": torch.linspace(1e-4, 0.02, T, dtype=torch.float64),
-            "cosine": (1 - f[1:] / f[:-1]).clamp(max=0.999)}[name]
-    return F.pad(torch.cumprod(1 - beta, dim=0), (1, 0), value=1.0)     # DDPM, text above Eq. 4
+    s = torch.arange(T + 1, dtype=torch.float64) / T
+    if name == "linear":
+        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    else:
+        left = {"cosine": torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2,
+                "flow": (1 - s) ** 2 / ((1 - s) ** 2 + s ** 2)}[name]
+        beta = (1 - left[1:] / left[:-1]).clamp(max=0.999)
+    return F.pad(torch.cumprod(1 - beta, dim=0), (1, 0), value=1.0)  # DDPM, text above Eq. 4
 
 
 def q_sample(x_0, t, eps, alpha_bar):
@@ -102,32 +101,40 @@ def q_sample(x_0, t, eps, alpha_bar):
 
 
 def to_target(x_0, t, eps, alpha_bar, target):
-    """What the net shall say about x_t. v: Salimans & Ho 2022, Section 4."""
+    """What the net is to predict; arguments as in q_sample. v: Salimans & Ho 2022, Section 4."""
     a = alpha_bar[t].view(-1, 1, 1, 1)
-    return {"x0": x_0, "eps": eps, "v": a ** 0.5 * eps - (1 - a) ** 0.5 * x_0}[target]
+    return {"x0": x_0,
+            "eps": eps,
+            "v": a ** 0.5 * eps - (1 - a) ** 0.5 * x_0,
+            "flow": eps - x_0}[target]
 
 
 def to_x0(output, x_t, a, target):
-    """x0_hat from what the net says about x_t: Eq. 4 and v, solved for x_0. a: alpha_bar at t."""
+    """x0_hat from the net's output. a: alpha_bar at t, one number, as in sample all share t."""
     return {"x0": output,
             "eps": (x_t - (1 - a) ** 0.5 * output) / a ** 0.5,
-            "v": a ** 0.5 * x_t - (1 - a) ** 0.5 * output}[target]
+            "v": a ** 0.5 * x_t - (1 - a) ** 0.5 * output,
+            "flow": (x_t - (1 - a) ** 0.5 * output) / (a ** 0.5 + (1 - a) ** 0.5)}[target]
 
 
-# ---- The network: plan in, plan out, told t and y --------------------------------------------
+# ---- The network: plan in, plan out, told t and y ----
 def group_norm(channels, affine=True):
-    return nn.GroupNorm(min(32, channels // 4), channels, affine=affine)    # four or more a group
+    return nn.GroupNorm(min(32, channels // 4), channels, affine=affine)
+
+
+def conv(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, (1, 3), padding=(0, 1))  # along time
 
 
 def zero_init(layer):
-    """A layer that starts at zero leaves the residual path as it is at first."""
+    """A layer that starts at zero leaves the path around it as it is."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 class Attention(nn.Module):
-    """Self-attention over the points of a feature map, one head, residual."""
+    """Self-attention over the places of a feature map, one head, residual."""
 
     def __init__(self, channels):
         super().__init__()
@@ -138,64 +145,78 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
-        weights = (q.transpose(1, 2) @ k / C ** 0.5).softmax(-1)    # (B, H*W, H*W)
-        h = v @ weights.transpose(1, 2)                     # (B, C, H*W)
+        weights = (q.transpose(1, 2) @ k / C ** 0.5).softmax(-1)  # (B, H*W, H*W)
+        h = v @ weights.transpose(1, 2)  # (B, C, H*W)
         return x + self.out(h.reshape(B, C, H, W))
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut; time and y enter as scale and shift between them."""
+    """Two convolutions beside a shortcut; t and y enter as scale and shift between them."""
 
-    def __init__(self, c_in, c_out, c_emb, attention=False, dropout=0.0):
+    def __init__(self, c_in, c_out, c_emb, attention=False):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, (1, 3), padding=(0, 1))
-        self.emb, self.norm2 = nn.Linear(c_emb, 2 * c_out), group_norm(c_out, affine=False)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, (1, 3), padding=(0, 1)))
+        self.norm1 = group_norm(c_in)
+        self.conv1 = conv(c_in, c_out)
+        self.emb = nn.Linear(c_emb, 2 * c_out)
+        self.norm2 = group_norm(c_out, affine=False)
+        self.conv2 = zero_init(conv(c_out, c_out))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out) if attention else nn.Identity()
 
     def forward(self, x, emb):
         h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)      # (B, c_out, 1, 1)
-        h = (1 + scale) * self.norm2(h) + shift             # Dhariwal & Nichol 2021, Section 3.1
-        h = self.conv2(self.dropout(F.silu(h)))
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1)
+        h = (1 + scale) * self.norm2(h) + shift  # Dhariwal & Nichol 2021, Section 3.1
+        h = self.conv2(F.silu(h))
         return self.attention(self.skip(x) + h)
 
 
 class UNet(nn.Module):
-    """Predicts TARGET from x_t: down to coarse, then up, adding what each block down gave.
+    """Predicts TARGET from x_t: down to coarse, then up, beside what the way down gave.
 
     forward(x_t, t, y): x_t (B, 2, 1, 16); t int64 (B,) in 1..T; y float32 (B, 8).
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, coordinates=2, observations=8):
         super().__init__()
-        width, c, c_emb = channels[0], channels[-1], 4 * channels[0]
+        width = channels[0]
+        c = channels[-1]
+        c_emb = 4 * width
+        pairs = list(zip(channels, channels[1:]))  # (finer, coarser)
         self.time = nn.Sequential(nn.Linear(width, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.label = nn.Sequential(nn.Linear(80, 4 * c_emb), nn.SiLU(), nn.Linear(4 * c_emb, c_emb))
-        self.stem = nn.Conv2d(2, width, (1, 3), padding=(0, 1))
-        self.down = nn.ModuleList(Block(a, b, c_emb) for a, b in zip((width, *channels), channels))
+        self.label = nn.Sequential(nn.Linear(2 * WAVES * observations, 4 * c_emb), nn.SiLU(),
+                                   nn.Linear(4 * c_emb, c_emb))
+        self.stem = conv(coordinates, width)
+        self.down = nn.ModuleList(Block(a, b, c_emb) for a, b in [(width, width)] + pairs)
         self.middle = nn.ModuleList([Block(c, c, c_emb, attention=True), Block(c, c, c_emb)])
-        self.up = nn.ModuleList(Block(c, c, c_emb) for c in channels[::-1])
-        self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1)      # before each doubling
-                                    for a, b in zip(channels[-2::-1], channels[:0:-1]))
+        self.up = nn.ModuleList(Block(a, a, c_emb) for a in reversed(channels))
+        self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
         self.out = nn.Sequential(group_norm(width), nn.SiLU(),
-                                 zero_init(nn.Conv2d(width, 2, (1, 3), padding=(0, 1))))
+                                 zero_init(conv(width, coordinates)))
 
     def forward(self, x_t, t, y):
-        waves = self.time[0].in_features // 2               # sines and cosines: DDPM, Appendix B
+        # t as sines and cosines (DDPM, Appendix B), then one vector for t and y
+        waves = self.time[0].in_features // 2
         angles = t[:, None] * 1e-4 ** (torch.arange(waves, device=t.device) / waves)
         emb = self.time(torch.cat([angles.sin(), angles.cos()], dim=1))
-        angles = (y[:, :, None] * 2.0 ** torch.arange(5, device=y.device)).flatten(1)   # (B, 40)
-        y = torch.cat([angles.sin(), angles.cos()], dim=1)  # so small differences in y are seen
+        # y as sines and cosines too, so that small differences count
+        angles = (y[:, :, None] * 2.0 ** torch.arange(WAVES, device=y.device)).flatten(1)
+        y = torch.cat([angles.sin(), angles.cos()], dim=1)
         emb = F.silu(emb + self.label(y))
-        h, skips = self.stem(x_t), []
+
+        # down
+        h = self.stem(x_t)
+        skips = []
         for i, block in enumerate(self.down):
-            h = block(F.avg_pool2d(h, (1, 2)) if i > 0 else h, emb)
+            if i > 0:
+                h = F.avg_pool2d(h, (1, 2))
+            h = block(h, emb)
             skips.append(h)
+
         for block in self.middle:
             h = block(h, emb)
+
+        # up
         for i, block in enumerate(self.up):
             if i > 0:
                 h = F.interpolate(self.narrow[i - 1](h), scale_factor=(1, 2))
@@ -203,56 +224,69 @@ class UNet(nn.Module):
         return self.out(h)
 
 
-# ---- Sampling: the reverse process -----------------------------------------------------------
+# ---- Sampling: the reverse process ----
 def autocast(device):
     """bfloat16 where the processor computes in it, else float32."""
-    fast = (torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else
-            device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 @torch.no_grad()
-def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA,
+def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, known=None,
            generator=None):
     """Walk from noise x_T (B, C, H, W) to plans for y (B, 8): yields (t, x_t, x0_hat).
 
-    steps: how many of the levels T..1 are visited, evenly spaced; the last yield is t = 0.
+    steps: how many of the levels T..1 are visited.
     eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
+    known: (mask, x_0), each like x_T: where the mask is true, x_0 is held fixed.
     """
-    T, x_t = len(alpha_bar) - 1, x_T
-    levels = sorted({round(T * i / steps) for i in range(steps + 1)}, reverse=True)   # T, ..., 0
-    for t, s in zip(levels, levels[1:]):
-        a, a_s, ts = alpha_bar[t].item(), alpha_bar[s].item(), y.new_full((len(y),), t).long()
+    T = len(alpha_bar) - 1
+    steps = min(steps, T)
+    levels = [round(T * i / steps) for i in range(steps, -1, -1)]  # T, ..., 0
+    x_t = x_T
+    for t, t_prev in zip(levels, levels[1:]):
+        a = alpha_bar[t].item()
+        a_prev = alpha_bar[t_prev].item()
+        ts = torch.full((len(x_t),), t, device=x_t.device)
+
+        # the net's guess
         with autocast(x_t.device):
             output = net(x_t, ts, y)
         x0_hat = to_x0(output.to(x_t.dtype), x_t, a, target).clamp(-1, 1)
-        eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5    # what the clamped x0_hat leaves
+        if known:
+            x0_hat = torch.where(*known, x0_hat)
+        eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5  # what x0_hat leaves of x_t
         yield t, x_t, x0_hat
-        # DDIM Eq. 12 and 16; eta = 1 is DDPM's Algorithm 2: the mean of Eq. 7, sigma^2 beta_tilde
-        sigma = eta * ((1 - a_s) / (1 - a) * (1 - a / a_s)) ** 0.5      # 0 on the last step
+
+        # mix image and noise for t_prev: DDIM Eq. 12 and 16
+        sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5  # 0 on the last step
         z = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=x_t.device)
-        x_t = a_s ** 0.5 * x0_hat + (1 - a_s - sigma ** 2) ** 0.5 * eps_hat + sigma * z
+        x_t = a_prev ** 0.5 * x0_hat + (1 - a_prev - sigma ** 2) ** 0.5 * eps_hat + sigma * z
     yield 0, x_t, x_t
 
 
-# ---- Driving: plan, push, look again ---------------------------------------------------------
+# ---- Driving: plan, push, look again ----
 def drive(net, pose, disc, alpha_bar, target=TARGET, driven=DRIVEN, generator=None, **options):
-    """A closed loop, B episodes at once: yields (pose, disc, path) before each control step.
+    """A closed loop, B episodes at once: yields (pose, disc, plan) before each control step.
 
-    pose (B, 3) and disc (B, 2) in the world's frame; path (B, 16, 2) the plan that is driven;
-    options are the sampler's.
+    pose (B, 3), disc (B, 2), plan (B, 16, 2) in the world's frame; options are the sampler's.
     """
+    device = alpha_bar.device
     before = disc
     for k in range(world.STEPS):
-        if k % driven == 0:                                 # what is left of the old plan goes
-            noise = torch.randn(len(pose), 2, 1, HORIZON, generator=generator).to(alpha_bar.device)
-            y = observe(pose, disc, before).to(alpha_bar.device)
-            *_, (_, x_0, _) = sample(net, noise, y, alpha_bar, target, **options)
-            path = world.to_world(REACH * x_0.cpu().squeeze(2).transpose(1, 2), pose)
-        yield pose, disc, path
+        if k % driven == 0:  # what is left of the old one goes
+            x_T = torch.randn(len(pose), 2, 1, HORIZON, generator=generator).to(device)
+            y = observe(pose, disc, before).to(device)
+            for _, x_0, _ in sample(net, x_T, y, alpha_bar, target, **options):
+                pass  # the last one is x_0
+            plan = to_path(x_0.cpu(), pose)
+        yield pose, disc, plan
         before = disc
-        pose, disc = world.step(pose, disc, path[:, k % driven])
-    yield pose, disc, path
+        pose, disc = world.step(pose, disc, plan[:, k % driven])
+    yield pose, disc, plan
 
 
 def best_coverage(frames):
@@ -260,116 +294,168 @@ def best_coverage(frames):
     return torch.stack([world.coverage(pose) for pose, *_ in frames]).amax(dim=0)
 
 
-# ---- Training --------------------------------------------------------------------------------
-def train(args, checkpoint, device):
-    """Algorithm 1 of DDPM; writes checkpoint.pt into the new folder args.out."""
-    plans, observations, source = load_data(args.episodes)
-    plans, observations = plans.to(device), observations.to(device)
+# ---- Training ----
+def train(args, checkpoint, path, device):
+    """Algorithm 1 of DDPM; saves to path."""
+    # data
+    plans, seen, source = load_data(args.episodes)
+    plans = plans.to(device)
+    seen = seen.to(device)
+
+    # net, average, optimizer
     torch.manual_seed(args.seed)
-    config = {"T": T, "schedule": SCHEDULE, "target": TARGET, "net": {"channels": CHANNELS},
-              "episodes": args.episodes, "regression": args.regression}
+    config = dict(T=T, schedule=SCHEDULE, target=TARGET, horizon=HORIZON, reach=REACH,
+                  episodes=args.episodes, regression=args.regression,
+                  net=dict(channels=CHANNELS, coordinates=2, observations=8))
     alpha_bar = noise_schedule(SCHEDULE, T).float().to(device)
     net = UNet(**config["net"]).to(device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)   # the average of the weights
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
-    step, seconds, history, losses = 0, 0.0, [], []
+    step = 0
+    seconds = 0.0
+    history = []
+
+    # go on from a checkpoint
     if checkpoint:
         if checkpoint["config"] != config:
             sys.exit(f"error: {args.resume} was trained with {checkpoint['config']}, not {config}")
         net.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        step, seconds, history = (checkpoint[key] for key in ("step", "seconds", "history"))
-        torch.manual_seed(args.seed + step)                 # a GPU draws anew
-        torch.set_rng_state(checkpoint["rng"])              # a CPU goes on as if never stopped
-    out, N = Path(args.out), args.batch_size                # N: plans a step
-    out.mkdir(parents=True, exist_ok=checkpoint is not None)
-    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}",
-          flush=True)
-    stop = []
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, lambda *_: stop_soon(stop))
-    started, saved = time.monotonic() - seconds, seconds
-    done = progress(args, step, seconds)
-    with tqdm(initial=N * step, unit=" plans", unit_scale=True) as bar:
-        while done < 1:
-            # Algorithm 1: draw plans with what was seen, noise levels and noise
-            i = torch.randint(len(plans), (N,), device=device)
-            x_0, y = plans[i], observations[i]
-            t = torch.randint(T if args.regression else 1, T + 1, (len(i),), device=device)
-            eps = torch.randn_like(x_0)
-            x_t = q_sample(x_0, t, eps, alpha_bar)
-            goal = to_target(x_0, t, eps, alpha_bar, TARGET)
-            # predict, and take a gradient step on the squared error (for eps, DDPM Eq. 14)
-            optimizer.zero_grad()
-            with autocast(device):
-                output = net(x_t, t, y)
-            loss = F.mse_loss(output.float(), goal)
-            loss.backward()
-            losses.append(loss.detach())
-            norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            lr = args.lr * min((step + 1) / WARMUP, 1) * math.cos(math.pi / 2 * done) ** 2
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            # average the weights over about the last thirtieth of the run
-            decay = (1 + step) / (30 + step)
-            for p_ema, p in zip(ema.parameters(), net.parameters()):
-                p_ema.lerp_(p.detach(), 1 - decay)
+        step = checkpoint["step"]
+        seconds = checkpoint["seconds"]
+        history = checkpoint["history"]
+        torch.manual_seed(args.seed + step)  # CUDA: new numbers
+        torch.set_rng_state(checkpoint["rng"])  # CPU: the next numbers
 
-            step += 1
-            seconds = time.monotonic() - started
-            done = 1 if stop else progress(args, step, seconds)
-            bar.update(N)
-            save = done == 1 or seconds - saved > SAVE_SECONDS
-            if save or step % LOG_EVERY == 0:
-                history.append([step, seconds, torch.stack(losses).mean().item()])
-                losses.clear()
-                if not math.isfinite(history[-1][2] + norm.item()):
-                    sys.exit(f"error: the loss is not finite at step {step}: lower --lr")
-                bar.total = int(N * step / done)
-                bar.set_postfix(loss=f"{history[-1][2]:.4f}")
-            if save:
-                saved = seconds
-                save_checkpoint(out / "checkpoint.pt", {
-                    "config": config, "data": source, "args": vars(args), "step": step,
-                    "seconds": seconds, "history": history, "rng": torch.get_rng_state(),
-                    "model": net.state_dict(), "ema": ema.state_dict(),
-                    "optimizer": optimizer.state_dict(), "torch": str(torch.__version__)})
-    path = os.path.relpath(out / "checkpoint.pt")
-    print(f"{step} steps, {seconds:.0f} seconds, loss {history[-1][2]:.4f}: {path}")
-    if not stop:
-        generator = torch.Generator().manual_seed(1)        # the demonstrations' is 0
+    # the run's folder, refused now if it can't be written
+    path.parent.mkdir(parents=True, exist_ok=path.exists())
+    tempfile.TemporaryFile(dir=path.parent).close()
+    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
+
+    # Ctrl-C
+    stop = catch_signals()
+
+    B = args.batch_size
+    losses = []
+    started = time.monotonic() - seconds
+    saved = seconds
+    share = progress(args, step, seconds)
+    bar = tqdm(initial=B * step, unit=" plans", unit_scale=True)
+    while share < 1:
+        # Algorithm 1: draw plans, noise levels and noise
+        i = torch.randint(len(plans), (B,), device=device)
+        x_0 = plans[i]
+        y = seen[i]
+        t = torch.randint(T if args.regression else 1, T + 1, (B,), device=device)
+        eps = torch.randn_like(x_0)
+        x_t = q_sample(x_0, t, eps, alpha_bar)
+        goal = to_target(x_0, t, eps, alpha_bar, TARGET)
+
+        # descend on the squared error: for eps, DDPM Eq. 14
+        optimizer.zero_grad()
+        with autocast(device):
+            output = net(x_t, t, y)
+        loss = F.mse_loss(output.float(), goal)
+        loss.backward()
+        losses.append(loss.detach())
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        lr = args.lr * min((step + 1) / WARMUP, 1) * (1 + math.cos(math.pi * share)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+
+        # average the weights over about the last thirtieth of the run
+        decay = (1 + step) / (30 + step)
+        for p_ema, p in zip(ema.parameters(), net.parameters()):
+            p_ema.lerp_(p.detach(), 1 - decay)
+
+        # log
+        step += 1
+        seconds = time.monotonic() - started
+        share = 1 if stop.is_set() else progress(args, step, seconds)
+        save = share == 1 or seconds - saved > SAVE_SECONDS
+        if save or step % LOG_EVERY == 0:
+            mean_loss = torch.stack(losses).mean().item()
+            losses.clear()
+            if not math.isfinite(mean_loss + norm.item()):
+                sys.exit(f"\nerror: the loss is not finite at step {step}: lower --lr")
+            history.append([step, seconds, mean_loss])
+            bar.total = int(B * step / share)
+            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+
+        # save
+        if save:
+            saved = seconds
+            save_checkpoint(path, dict(
+                config=config, data=source, args=vars(args), torch=str(torch.__version__),
+                step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
+                model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+        bar.update(B)
+    bar.close()
+    print(f"{step} steps, {seconds:.0f} seconds, loss {mean_loss:.4f}")
+    if not stop.is_set():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends at once
+        start = world.starts(200, torch.Generator().manual_seed(1))  # the demonstrations' is 0
         steps = 1 if args.regression else SAMPLE_STEPS
-        best = best_coverage(drive(ema, *world.starts(200, generator), alpha_bar, steps=steps))
-        print("200 unseen starts, coverage is the share of the goal under the block: "
-              + ", ".join(f"{(best >= c).float().mean():.1%} reach {c:.2f}" for c in (0.9, 0.95)))
-    script, flag = ("main.py", "--resume") if stop else ("visual.py", "--checkpoint")
-    print(f'next: python "{os.path.relpath(HERE / script)}" {flag} "{path}"')
+        best = best_coverage(drive(ema, *start, alpha_bar, steps=steps))
+        shares = ", ".join(f"{(best >= c).float().mean():.1%} reach {c:.2f}" for c in (0.9, 0.95))
+        print(f"200 unseen starts, coverage is the share of the goal under the block: {shares}")
+    script, flag = ("main.py", "--resume") if stop.is_set() else ("visual.py", "--checkpoint")
+    print(f'next: python "{HERE / script}" {flag} "{path}"')
 
 
-# ---- Files and flags: nothing about diffusion ------------------------------------------------
+# ---- Files and flags: nothing about diffusion ----
+def find_demonstrations(episodes):
+    """The expert's, kept in data/ with the text of the world.py that made them."""
+    path = HERE / "data" / f"{episodes}.pt"
+    text = (HERE / "world.py").read_text()
+    try:
+        kept = torch.load(path, weights_only=True)
+        if kept["world"] == text:
+            return kept["episodes"]
+    except Exception:  # missing or damaged
+        pass
+    print(f"an expert drives {episodes:,} episodes")
+    made = world.demonstrations(episodes)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save_checkpoint(path, {"world": text, "episodes": made})
+    except OSError:  # a read-only clone does without
+        pass
+    return made
+
+
 def progress(args, step, seconds):
-    """The share of the run that is done, 0..1. --steps is an int, --minutes a float."""
-    return min((step if isinstance(args.length, int) else seconds / 60) / args.length, 1)
+    """The share of the run that is done. --steps is an int, --minutes a float."""
+    done = step if isinstance(args.length, int) else seconds / 60
+    return min(done / args.length, 1)
 
 
-def stop_soon(stop):
-    """Ctrl-C or SIGTERM: the loop ends after this step and saves. A second Ctrl-C kills."""
-    print("\nstopping after this step; Ctrl-C again to stop at once", flush=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    stop.append(True)
+def catch_signals():
+    """An event that Ctrl-C, SIGTERM or a closed terminal sets. A second Ctrl-C kills."""
+    stop = threading.Event()
+
+    def handler(*_):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        print("\nstopping after this step; Ctrl-C again to stop at once")
+
+    for kind in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(kind) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(kind, handler)
+    return stop
 
 
 def save_checkpoint(path, checkpoint):
     """Atomic: at any moment path holds the old file or the new one, whole."""
-    part = path.with_suffix(".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         torch.save(checkpoint, part)
         part.replace(path)
-    except (OSError, RuntimeError) as error:                # torch's kind for a full disk
+    except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        sys.exit(f"error: cannot save {path}, is the disk full? {error}")
+        raise OSError(f"cannot save {path}, is the disk full? {error}")
 
 
 def load_checkpoint(path, device="cpu"):
@@ -378,43 +464,88 @@ def load_checkpoint(path, device="cpu"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         net = UNet(**checkpoint["config"]["net"])
         net.load_state_dict(checkpoint["ema"])
-    except Exception as error:      # whatever a missing, damaged or foreign file makes torch raise
-        sys.exit(f"error: {path} is no checkpoint of {HERE.name}/main.py as it is now: "
+    except Exception as error:  # missing, damaged or foreign
+        sys.exit(f"error: {path} is no checkpoint of {HERE.name}/main.py: "
                  + " ".join(f"{type(error).__name__}: {error}".split())[:1000])
     return checkpoint, net.to(device).eval()
 
 
+def absolute(path):
+    if not path:
+        raise argparse.ArgumentTypeError("empty")
+    return os.path.abspath(os.path.expanduser(path))
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Train a diffusion policy for Push-T.")
+    parser = argparse.ArgumentParser()
     devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     add = parser.add_argument
     add("--minutes", dest="length", type=float, default=4.5, help="how long to train [4.5]")
-    add("--steps", dest="length", type=int, help="or how many optimizer steps: repeatable on a CPU")
-    add("--batch-size", type=int, default=256, help="plans a step [%(default)s]")
-    add("--lr", type=float, default=4e-3, help="peak learning rate [%(default)s]")
-    add("--seed", type=int, default=0, help="[%(default)s]")
-    add("--episodes", type=int, default=1000, help="demonstrations [%(default)s]")
-    add("--regression", action="store_true", help="train at t = T only: learns the average plan")
-    add("--out", type=os.path.expanduser, help="a new folder for the run [runs/TIME here]")
-    add("--resume", metavar="FILE", help="go on from this checkpoint, with its settings")
-    add("--device", choices=devices, default=devices[0], help="[%(default)s]")
-    args, checkpoint = parser.parse_args(), None
+    add("--steps", dest="length", type=int, help="or how many steps; repeatable on a CPU")
+    add("--batch-size", type=int, default=256, help="plans a step [256]")
+    add("--lr", type=float, default=4e-3, help="peak learning rate [4e-3]")
+    add("--seed", type=int, default=0, help="[0]")
+    add("--episodes", type=int, default=1000, help="demonstrations [1000]")
+    add("--regression", action="store_true", help="learn the average plan instead")
+    add("--out", type=absolute, help="a new folder for the run [runs/TIME here]")
+    add("--resume", type=absolute, metavar="FILE", help="go on in it, with its settings")
+    add("--device", choices=devices, default=devices[0])
+    args = parser.parse_args()
+    checkpoint = None
+    path = Path(args.out or HERE / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    if path.exists():
+        parser.error(f"--out: {path} exists")
+    path = path / "checkpoint.pt"
     if args.resume:
         checkpoint, _ = load_checkpoint(args.resume)
         if "optimizer" not in checkpoint:
             parser.error(f"--resume: {args.resume} holds weights only, not a run")
-        here = {"device": args.device, "out": str(Path(args.resume).parent)}
-        parser.set_defaults(**checkpoint["args"] | here)    # what is not given anew stays
-        args = parser.parse_args()
-    if not min(args.length, args.batch_size, args.lr, args.episodes) > 0:
-        parser.error("--minutes, --steps, --batch-size, --lr and --episodes must be above zero")
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}" + "-regression" * args.regression
-    args.out = args.out or str(HERE / "runs" / name)
-    train(args, checkpoint, torch.device(args.device))
+        if not args.out:
+            path = Path(args.resume)
+        checkpoint["args"]["device"] = args.device
+        parser.set_defaults(**checkpoint["args"])
+    args = parser.parse_args()  # what is not given anew stays
+    if not all(0 < x < math.inf for x in (args.length, args.batch_size, args.lr, args.episodes)):
+        parser.error("numbers must be above 0 and finite")
+    if HORIZON % 2 ** (len(CHANNELS) - 1) or not 1 <= DRIVEN <= HORIZON:
+        parser.error("HORIZON: a multiple of 4, DRIVEN: at most HORIZON")
+    if checkpoint and progress(args, checkpoint["step"], checkpoint["seconds"]) == 1:
+        return print(f"nothing left to do: {path} is finished")
+    train(args, checkpoint, path, torch.device(args.device))
 
 
-if __name__ == "__main__":
+class Output:
+    """A stream that ends no run: odd letters are escaped, what can't be written is dropped."""
+
+    def __init__(self, stream):
+        self.inner = stream
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def write(self, text):
+        try:
+            code = self.inner.encoding or "utf-8"
+            self.inner.write(text.encode(code, "backslashreplace").decode(code))
+            self.inner.flush()
+        except Exception:  # closed, or its reader is gone
+            pass
+
+    def flush(self):
+        pass
+
+
+def run(main):
+    """Runs a script; errors that users meet are one line."""
+    sys.stdout = Output(sys.stdout)
+    sys.stderr = Output(sys.stderr)
     try:
         main()
     except OSError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted")
+
+
+if __name__ == "__main__":
+    run(main)

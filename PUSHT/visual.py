@@ -9,11 +9,12 @@ Takes the newest checkpoints in runs/, of the policy and of the regression, else
 import argparse
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-os.environ.pop("MPLBACKEND", None)      # a notebook's does not work here
-if "--show" not in sys.argv:            # files only: no window
+os.environ.pop("MPLBACKEND", None)  # a notebook sets one that draws into its page only
+if "--show" not in sys.argv:  # files only: no window
     os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,44 +22,63 @@ import torch
 from matplotlib.animation import PillowWriter
 
 import world
-from main import (DRIVEN, ETA, HERE, HORIZON, REACH, SAMPLE_STEPS, best_coverage, drive,
-                  load_checkpoint, load_data, noise_schedule, observe, sample)
+from main import HERE
 
-BLUE, ORANGE, RED = "tab:blue", "tab:orange", "tab:red"
-OUTLINE = torch.tensor([(-2, 1), (2, 1), (2, 0), (.5, 0), (.5, -3), (-.5, -3), (-.5, 0), (-2, 0)])
-OUTLINE[:, 1] += world.BAR[2]
+if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
+    sys.exit(f"error: the main.py of {HERE} is loaded: restart the kernel")
+from main import (DRIVEN, ETA, HORIZON, REACH, SAMPLE_STEPS, absolute, best_coverage, drive,
+                  load_checkpoint, load_data, noise_schedule, observe, run, sample, to_path)
+
+BLUE = "tab:blue"
+ORANGE = "tab:orange"
+RED = "tab:red"
+LEFT, RIGHT, BOTTOM, TOP = world.BAR
+OUTLINE = torch.tensor([(LEFT, TOP), (RIGHT, TOP), (RIGHT, BOTTOM), (world.STEM[1], BOTTOM),
+                        (world.STEM[1], world.STEM[2]), (world.STEM[0], world.STEM[2]),
+                        (world.STEM[0], BOTTOM), (LEFT, BOTTOM)])
+plt.style.use("default")  # whatever matplotlibrc says
 plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True})
 
 
 class Model:
-    """A checkpoint with the sampler settings of the command line: all that a figure needs."""
+    """What a figure needs: a checkpoint's net, schedule and target, and the flags."""
 
     def __init__(self, path, args):
         self.checkpoint, self.net = load_checkpoint(path, args.device)
         self.config = self.checkpoint["config"]
-        self.target, self.seed, self.device = self.config["target"], args.seed, args.device
+        for name, here in (("horizon", HORIZON), ("reach", REACH)):
+            if self.config[name] != here:
+                sys.exit(f"error: {path} has {name} {self.config[name]}, main.py {here}")
         alpha_bar = noise_schedule(self.config["schedule"], self.config["T"])
-        self.alpha_bar = alpha_bar.float().to(self.device)
-        self.options = {"steps": 1 if self.config["regression"] else args.steps, "eta": args.eta}
-        self.n, self.driven = args.starts, args.driven
+        self.alpha_bar = alpha_bar.float().to(args.device)
+        self.target = self.config["target"]
+        self.options = {"steps": args.steps, "eta": args.eta}
+        if self.config["regression"]:
+            self.options["steps"] = 1
+        self.seed = args.seed
+        self.device = args.device
+        self.n = args.starts
+        self.driven = args.driven
 
     def starts(self, n):
         """n unseen starts, poses and discs: with seed 0 those that main.py ends with."""
         return world.starts(n, torch.Generator().manual_seed(self.seed + 1))
 
     def walk(self, pose, disc):
-        """main.sample for discs (B, 2) at rest: yields (t, x_t, x0_hat), paths (B, 16, 2)."""
+        """main.sample for discs (B, 2) at rest: yields (t, x_t, x0_hat) as points (B, 16, 2)."""
         torch.manual_seed(self.seed)
-        noise = torch.randn(len(pose), 2, 1, HORIZON).to(self.device)
+        x_T = torch.randn(len(pose), 2, 1, HORIZON).to(self.device)
         y = observe(pose, disc, disc).to(self.device)
-        for t, *pair in sample(self.net, noise, y, self.alpha_bar, self.target, **self.options):
-            yield t, *(world.to_world(REACH * x.cpu().float().squeeze(2).transpose(1, 2), pose)
-                       for x in pair)
+        for t, x_t, x0_hat in sample(self.net, x_T, y, self.alpha_bar, self.target,
+                                     **self.options):
+            yield t, to_path(x_t.cpu(), pose), to_path(x0_hat.cpu(), pose)
 
     def drive(self, pose, disc, **changes):
+        """main.drive with the noise of --seed."""
         generator = torch.Generator().manual_seed(self.seed)
+        options = {"driven": self.driven} | self.options | changes
         return drive(self.net, pose, disc, self.alpha_bar, self.target, generator=generator,
-                     **{"driven": self.driven} | self.options | changes)
+                     **options)
 
 
 def drive_expert(pose, disc):
@@ -69,14 +89,15 @@ def drive_expert(pose, disc):
         yield pose, disc
 
 
-# ---- Scenes: goal, block, disc and paths; in rows, or one after another ------------------------
-def scene(axis, pose, disc, title, paths, colours, size=6.5):
-    """Draws pose (3,), disc (2,) and paths (B, K, 2), each in its colour, on one axis."""
-    axis.add_patch(plt.Polygon(OUTLINE, color="#b7e1b0"))
+# ---- Scenes: goal, block, disc and paths; in rows, or one after another ----
+def scene(axis, pose, disc, title, plans, colours, size=6.5, goal=True):
+    """Draws pose (3,), disc (2,) and plans (B, K, 2), each in its colour, on one axis."""
+    if goal:
+        axis.add_patch(plt.Polygon(OUTLINE, color="#b7e1b0"))
     axis.add_patch(plt.Polygon(world.to_world(OUTLINE[None], pose[None])[0], fc="0.72", ec="0.4"))
     axis.add_patch(plt.Circle(disc, world.RADIUS, facecolor="#7fa8d9", edgecolor="0.3", zorder=2))
-    for path, colour in zip(paths, colours):
-        axis.plot(*path.T, color=colour, lw=2 if colour == RED else 1, marker=".", ms=3)
+    for plan, colour in zip(plans, colours):
+        axis.plot(*plan.T, color=colour, lw=2 if colour == RED else 1, marker=".", ms=3)
     axis.set(xlim=(-size, size), ylim=(-size, size), aspect="equal", xticks=[], yticks=[])
     axis.set_title(title, fontsize=8)
     axis.spines[:].set_color("0.8")
@@ -87,37 +108,38 @@ def strip(title, frames):
     rows, columns = len(frames[0]), len(frames)
     figure, axes = plt.subplots(rows, columns, figsize=(1.8 * columns, 2 * rows + 0.3))
     figure.suptitle(title)
-    for axis, what in zip(axes.flat, (what for row in zip(*frames) for what in row)):
+    scenes = [what for row in zip(*frames) for what in row]
+    for axis, what in zip(axes.flat, scenes):
         scene(axis, *what)
     return figure
 
 
 def animate(frames, path, fps):
     """A GIF: the scenes of a frame side by side, in rows of at most four."""
-    shape = max(len(frames[0]) // 4, 1), min(len(frames[0]), 4)
-    figure, axes = plt.subplots(*shape, figsize=(7.2, 4))
+    rows = max(len(frames[0]) // 4, 1)
+    figure, axes = plt.subplots(rows, min(len(frames[0]), 4), figsize=(7.2, 4))
     writer = PillowWriter(fps=fps)
     with writer.saving(figure, path, dpi=100):
-        for frame in frames + fps * frames[-1:]:            # the last one stays for a second
+        for frame in frames + fps * frames[-1:]:  # the last one stays for a second
             for axis, what in zip(axes.flat, frame):
                 axis.clear()
                 scene(axis, *what)
             writer.grab_frame()
-            figure.set_layout_engine("none")    # keep the first frame's layout: twice as fast
+            figure.set_layout_engine("none")  # keep the first frame's layout: twice as fast
     plt.close(figure)
 
 
-def side(paths, pose):
-    """+1 for paths (B, 16, 2) that lead round the block anticlockwise, -1 for clockwise: (B,)."""
-    turn = world.angle(world.to_block(paths, pose)).diff(dim=1)
+def side(plans, pose):
+    """+1 for plans (B, 16, 2) that lead round the block anticlockwise, -1 for clockwise: (B,)."""
+    turn = world.angle(world.to_block(plans, pose)).diff(dim=1)
     return ((turn + torch.pi) % (2 * torch.pi) - torch.pi).sum(1).sign()
 
 
 def divided(model, k, n=100, plans=16):
     """Poses and discs of the k starts, of n unseen ones, at which the plans divide the most."""
     pose, disc = (x.repeat_interleave(plans, 0) for x in model.starts(n))
-    *_, (_, _, paths) = model.walk(pose, disc)
-    points = world.to_block(paths, pose).view(n, plans, -1, 2)
+    *_, (_, _, drawn) = model.walk(pose, disc)
+    points = world.to_block(drawn, pose).view(n, plans, -1, 2)
     # by how much the average plan leads nearer to the block's centre than the plans do
     nearer = points.norm(dim=-1).mean(dim=1) - points.mean(dim=1).norm(dim=-1)
     i = nearer.mean(dim=1).topk(k).indices * plans
@@ -131,24 +153,26 @@ def bundle(model, k, n=1):
     return pose, disc, walk, [BLUE if way > 0 else ORANGE for way in side(walk[-1][1], pose)]
 
 
-# ---- The figures: each a function of a Model and of the regression's -------------------------
+# ---- The figures: each a function of a Model and of the regression's ----
 def denoising(model, _):
     """Plans from one start, level by level: a scene of x_t, one of the guess x0_hat."""
     pose, disc, walk, colours = bundle(model, 16)
-    return [[(pose[0], disc[0], f"{name}, t = {t}", paths, colours)
-             for name, paths in (("x_t", x_t), ("x0_hat", x0_hat))] for t, x_t, x0_hat in walk]
+    return [[(pose[0], disc[0], f"{name}, t = {t}", plans, colours)
+             for name, plans in (("x_t", x_t), ("x0_hat", x0_hat))] for t, x_t, x0_hat in walk]
 
 
 def driving(model, regression, n=4, every=4):
     """The n most divided starts: scenes of the diffusion policy, then of the regression."""
-    films, start = [], divided(model, n)
+    start = divided(model, n)
+    films = []
     for policy, name, colour in ((model, "diffusion", BLUE), (regression, "regression", RED)):
-        films.append(film := [])
+        film = []
         best = torch.zeros(n)
-        for k, (pose, disc, path) in enumerate(policy.drive(*start)):
+        for k, (pose, disc, plan) in enumerate(policy.drive(*start)):
             best = torch.maximum(best, world.coverage(pose))
-            film.append([(pose[i], disc[i], f"{name}, step {k}: {best[i]:.0%}", path[i:i + 1],
+            film.append([(pose[i], disc[i], f"{name}, step {k}: {best[i]:.0%}", plan[i:i + 1],
                           [colour]) for i in range(n)])
+        films.append(film)
     return [above + below for above, below in zip(*films)][::every]
 
 
@@ -162,10 +186,14 @@ def reverse(model, regression):
 def fan(model, regression, k=30):
     """Plans from four starts where both ways are open, and the one plan of the regression."""
     pose, disc, walk, colours = bundle(model, k, 4)
+    *_, (_, _, plans) = walk
     *_, (_, _, average) = regression.walk(pose[::k], disc[::k])
-    return strip(f"{k} plans from each start, and the one plan of the regression (red)", [
-        [(pose[i], disc[i], "", [*walk[-1][1][i:i + k], average[i // k]], colours[i:i + k] + [RED])]
-        for i in range(0, 4 * k, k)])
+    frames = []
+    for i in range(4):
+        part = slice(i * k, (i + 1) * k)
+        frames.append([(pose[i * k], disc[i * k], "", [*plans[part], average[i]],
+                        colours[part] + [RED])])
+    return strip(f"{k} plans from each start, and the one plan of the regression (red)", frames)
 
 
 def film(model, regression):
@@ -177,15 +205,18 @@ def bars(runs):
     """Drives each policy: a table of how often it succeeds, and bars with 95 % intervals."""
     figure, axis = plt.subplots(figsize=(6, 3.2))
     for i, (name, frames) in enumerate(runs.items()):
-        began, best, line = time.perf_counter(), best_coverage(frames), f"{name}: "
-        for k, (level, colour) in enumerate(((0.9, "#9ec5ea"), (0.95, BLUE))):
-            n, share = len(best), (best >= level).float().mean().item()
-            middle = (share + 1.92 / n) / (1 + 3.84 / n)                # Wilson 1927
+        began = time.perf_counter()
+        best = best_coverage(frames)
+        n = len(best)
+        line = f"{name}: "
+        for left, level, colour in ((-0.2, 0.9, "#9ec5ea"), (0.2, 0.95, BLUE)):
+            share = (best >= level).float().mean().item()
+            middle = (share + 1.92 / n) / (1 + 3.84 / n)  # Wilson 1927
             half = 1.96 * (share * (1 - share) / n + 0.96 / n ** 2) ** 0.5 / (1 + 3.84 / n)
             line += f"{share:.1%} ({middle - half:.1%} to {middle + half:.1%}) reach {level:.2f}, "
-            axis.bar(i + 0.4 * k - 0.2, share, 0.38, color=colour)
-            axis.errorbar(i + 0.4 * k - 0.2, middle, half, color="0.2", capsize=3)
-        print(f"{line}mean best {best.mean():.3f}, {time.perf_counter() - began:.1f} s", flush=True)
+            axis.bar(i + left, share, 0.38, color=colour)
+            axis.errorbar(i + left, middle, half, color="0.2", capsize=3)
+        print(f"{line}mean best {best.mean():.3f}, {time.perf_counter() - began:.1f} s")
     axis.set_xticks(range(len(runs)), runs)
     axis.set(ylim=(0, 1.05), title="Share that reaches 0.90 (light), 0.95 (dark)")
     return figure
@@ -193,9 +224,10 @@ def bars(runs):
 
 def success(model, regression):
     """How often each policy brings the block to the goal."""
-    start, (plans, seen, _) = model.starts(model.n), load_data(model.config["episodes"])
+    start = model.starts(model.n)
+    plans, seen, _ = load_data(model.config["episodes"])
 
-    def look_up(x_t, t, y):             # instead of a net: the plan of the most similar y is x0_hat
+    def look_up(x_t, t, y):  # instead of a net: the plan of the most similar y is x0_hat
         return plans[torch.cdist(y.cpu(), seen).argmin(1)].to(x_t)
     return bars({
         "expert": drive_expert(*start), "diffusion": model.drive(*start),
@@ -211,18 +243,19 @@ def steps(model, _):
 
 def copying(model, _):
     """Is it copying? Generated plans, and the plans of the demonstrations nearest to them."""
-    demonstrations = REACH * load_data(model.config["episodes"])[0].squeeze(2).transpose(1, 2)
+    known, *_ = load_data(model.config["episodes"])
+    known = to_path(known, torch.zeros(len(known), 3))  # in the block's frame
     pose, disc = model.starts(5)
-    *_, (_, _, paths) = model.walk(pose, disc)
-    made, points = world.to_block(paths, pose), world.to_block(disc[:, None], pose)[:, 0]
-    distance = torch.cdist(made.flatten(1), demonstrations.flatten(1)) / HORIZON ** 0.5
+    *_, (_, _, drawn) = model.walk(pose, disc)
+    drawn = world.to_block(drawn, pose)
+    disc = world.to_block(disc[:, None], pose)[:, 0]
+    distance = torch.cdist(drawn.flatten(1), known.flatten(1)) / HORIZON ** 0.5
     figure, axes = plt.subplots(1, 5, figsize=(11, 2.9))
     figure.suptitle("Is it copying? Plans (blue), the nearest demonstrations (grey)", fontsize=10)
-    for axis, plan, row, point in zip(axes, made, distance, points):
+    for axis, plan, row, point in zip(axes, drawn, distance, disc):
         near, i = row.topk(3, largest=False)
-        scene(axis, torch.zeros(3), point, f"{near[0]:.2f} units apart",
-              [*demonstrations[i], plan], 3 * ["0.35"] + [BLUE], size=5)
-        axis.patches[0].remove()                            # the goal is elsewhere in this frame
+        scene(axis, torch.zeros(3), point, f"{near[0]:.2f} units apart", [*known[i], plan],
+              3 * ["0.35"] + [BLUE], size=5, goal=False)
     return figure
 
 
@@ -245,18 +278,28 @@ GIFS = {"reverse": (denoising, 2), "drive": (driving, 12)}     # frames a second
 def export(model, path, n):
     """n unseen starts: observations float32 (n, 8), plans (n, 16, 2) in the block's frame."""
     pose, disc = model.starts(n)
-    *_, (_, _, paths) = model.walk(pose, disc)
-    np.savez_compressed(path, observations=observe(pose, disc, disc).numpy(),
-                        plans=world.to_block(paths, pose).numpy())
+    with tempfile.TemporaryDirectory(dir=path.parent) as part:  # whole, or not at all
+        *_, (_, _, plans) = model.walk(pose, disc)
+        np.savez_compressed(Path(part) / path.name, observations=observe(pose, disc, disc).numpy(),
+                            plans=world.to_block(plans, pose).numpy())
+        os.rename(Path(part) / path.name, path)
+    print(path)
+
+
+def newest(regression):
+    """The newest run of that kind, as its checkpoint says, else the shipped one."""
+    runs = (HERE / "runs").glob("*/checkpoint.pt")
+    for path in sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True):
+        checkpoint, _ = load_checkpoint(path)
+        if checkpoint["config"]["regression"] == regression:
+            return path
+    return HERE / ("regression.pt" if regression else "pretrained.pt")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Draw what a policy plans, and drive it.")
     devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
-    newest, baseline = (max((HERE / "runs").glob(f"*{end}/checkpoint.pt"), default=HERE / shipped,
-                            key=lambda path: path.stat().st_mtime) for end, shipped
-                        in (("[0-9]", "pretrained.pt"), ("-regression", "regression.pt")))
-    add, path = parser.add_argument, os.path.expanduser
+    add = parser.add_argument
     add("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(FIGURES)} or all [reverse]")
     add("--steps", type=int, default=SAMPLE_STEPS, help="sampler steps [%(default)s]")
     add("--eta", type=float, default=ETA, help="1 is DDPM, 0 is DDIM [%(default)s]")
@@ -264,11 +307,11 @@ def main():
     add("--starts", type=int, default=200, help="episodes of success and steps [%(default)s]")
     add("--seed", type=int, default=0, help="of starts and noise [%(default)s]")
     add("--device", choices=devices, default=devices[0], help="[%(default)s]")
-    add("--checkpoint", type=path, default=newest, help="[the newest in runs/, else pretrained.pt]")
-    add("--regression", type=path, default=baseline, help="[the newest, else regression.pt]")
-    add("--out", type=path, default=HERE / "figures", help="folder for them [figures/ here]")
+    add("--checkpoint", type=absolute, help="[newest in runs/, else pretrained.pt]")
+    add("--regression", type=absolute, help="[newest in runs/, else regression.pt]")
+    add("--out", type=absolute, default=HERE / "figures", help="folder for them [figures/ here]")
     add("--show", action="store_true", help="open a window for each figure too")
-    add("--export", type=path, metavar="FILE.npz", help="write plans as arrays instead")
+    add("--export", type=absolute, metavar="FILE.npz", help="write plans as arrays instead")
     add("--n", type=int, default=1000, help="how many plans to export [%(default)s]")
     args = parser.parse_args()
     names = list(FIGURES) if "all" in args.figures else args.figures or ["reverse"]
@@ -277,15 +320,22 @@ def main():
     if not (min(args.n, args.starts, args.steps) > 0 and 0 <= args.eta <= 1
             and 1 <= args.driven <= HORIZON):
         parser.error("--steps, --starts and --n are above zero, --eta is 0 to 1, --driven 1 to 16")
-    model, out = Model(args.checkpoint, args), Path(args.out)
-    print(f"checkpoint: {args.checkpoint}", flush=True)
+    checkpoint = args.checkpoint or newest(regression=False)
+    print(f"checkpoint: {checkpoint}")
+    model = Model(checkpoint, args)
     if args.export:
-        return export(model, Path(args.export).with_suffix(".npz"), args.n)
-    regression = Model(args.regression, args)
+        path = Path(args.export if args.export.endswith(".npz") else args.export + ".npz")
+        if path.exists():
+            parser.error(f"--export: {path} exists")
+        return export(model, path, args.n)
+    baseline = args.regression or newest(regression=True)
+    print(f"regression: {baseline}")
+    regression = Model(baseline, args)
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         FIGURES[name](model, regression).savefig(out / f"{name}.png", bbox_inches="tight")
-        print(out / f"{name}.png", "and .gif" if name in GIFS else "", flush=True)
+        print(out / f"{name}.png", "and .gif" if name in GIFS else "")
         if name in GIFS:
             frames, fps = GIFS[name]
             animate(frames(model, regression), out / f"{name}.gif", fps)
@@ -294,7 +344,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    run(main)

@@ -12,28 +12,30 @@ import math
 
 import torch
 
-BAR = -2.0, 2.0, 5 / 14, 19 / 14        # left, right, bottom, top of the bar; of the stem
-STEM = -0.5, 0.5, -37 / 14, 5 / 14      # the origin is the centre of area of both
+BAR = (-2.0, 2.0, 5 / 14, 19 / 14)      # left, right, bottom, top of the bar
+STEM = (-0.5, 0.5, -37 / 14, 5 / 14)    # the origin is the centre of area of both
 RADIUS = 0.5            # of the disc
 SPEED = 0.6             # the disc's longest way in a control step
 SUBSTEPS = 10           # physics steps a control step
 STEPS = 300             # control steps an episode
 CELL = 0.125            # side of the squares that coverage counts
-TRAVEL, PUSH = 0.5, 0.3     # the expert's way in a control step: free, and in contact
+TRAVEL = 0.5            # the expert's way in a control step without contact
+PUSH = 0.3              # and while it pushes
 CIRCLE = 3.4            # radius of the expert's way round the block, clear of every corner
 ENOUGH = 0.96           # coverage at which the expert stops
 HOLD = 16               # steps that it then stays, so that stopping can be learned
 BESIDE = 0.5            # a contact as near as this is reached without a way round
 GRID = torch.cat([torch.cartesian_prod(torch.arange(left + CELL / 2, right, CELL),
                                        torch.arange(bottom + CELL / 2, top, CELL))
-                  for left, right, bottom, top in (BAR, STEM)])     # the squares' centres (K, 2)
+                  for left, right, bottom, top in (BAR, STEM)])  # the squares' centres (K, 2)
 C2 = GRID.norm(dim=1).mean().item() ** 2    # c^2: how hard the block is to turn
 
 
-# ---- The world -------------------------------------------------------------------------------
+# ---- The world ----
 def rotate(points, angle):
     """points (B, K, 2) turned about the origin by angle (B,)."""
-    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    cos = angle.cos()[:, None]
+    sin = angle.sin()[:, None]
     x, y = points.unbind(-1)
     return torch.stack([cos * x - sin * y, sin * x + cos * y], dim=-1)
 
@@ -60,7 +62,7 @@ def nearest(point):
 def twist(r, n):
     """How the block moves for a unit of push at its point r against the normal n: (B, 3).
 
-    A push bends towards a turn by its arm m = r x n; c^2 weighs turning against moving.
+    The longer its arm m = r x n, the more a push turns the block; c^2 weighs turn against shift.
     """
     m = r[:, 0] * n[:, 1] - r[:, 1] * n[:, 0]
     share = 1 / (1 + m ** 2 / C2)
@@ -88,7 +90,8 @@ def coverage(pose):
     x, y = to_block(GRID.expand(len(pose), -1, -1), pose).unbind(-1)
     inside = 0
     for left, right, bottom, top in (BAR, STEM):
-        from_x, from_y = torch.minimum(x - left, right - x), torch.minimum(y - bottom, top - y)
+        from_x = torch.minimum(x - left, right - x)
+        from_y = torch.minimum(y - bottom, top - y)
         inside = inside + (from_x / CELL + 0.5).clamp(0, 1) * (from_y / CELL + 0.5).clamp(0, 1)
     return inside.mean(dim=1)
 
@@ -97,109 +100,14 @@ def starts(n, generator):
     """n random beginnings: the block up to 3 units from the goal, the disc 3.2 to 4.5 from it."""
     u = torch.rand(n, 5, generator=generator)
     angle = 2 * math.pi * u[:, :3]
-    ways = torch.stack([angle.cos(), angle.sin()], dim=-1)      # (n, 3, 2)
-    centre = 3 * u[:, 3:4].sqrt() * ways[:, 0]                  # sqrt: even over the area
+    ways = torch.stack([angle.cos(), angle.sin()], dim=-1)  # (n, 3, 2)
+    centre = 3 * u[:, 3:4].sqrt() * ways[:, 0]  # sqrt: even over the area
     disc = centre + (3.2 + 1.3 * u[:, 4:]) * ways[:, 1]
     return torch.cat([centre, angle[:, 2:]], dim=1), disc
 
 
-# ---- The expert: one push after another, each chosen by where it would bring the block -------
-def contacts(spacing=0.36, edge=0.1, gap=RADIUS):
-    """Points of the edges and their outward normals (K, 2), clear of outer and inner corners."""
-    (left, right, bottom, top), (s_left, s_right, s_bottom, _) = BAR, STEM
-    lines = [((left + edge, top), (right - edge, top), (0.0, 1.0)),
-             ((left, bottom + edge), (left, top - edge), (-1.0, 0.0)),
-             ((right, bottom + edge), (right, top - edge), (1.0, 0.0)),
-             ((left + edge, bottom), (s_left - gap, bottom), (0.0, -1.0)),
-             ((s_right + gap, bottom), (right - edge, bottom), (0.0, -1.0)),
-             ((s_left, s_bottom + edge), (s_left, bottom - gap), (-1.0, 0.0)),
-             ((s_right, s_bottom + edge), (s_right, bottom - gap), (1.0, 0.0)),
-             ((s_left + edge, s_bottom), (s_right - edge, s_bottom), (0.0, -1.0))]
-    r, n = [], []
-    for start, end, normal in torch.tensor(lines):
-        share = torch.linspace(0, 1, round((end - start).norm().item() / spacing) + 1)
-        r.append(start + share[:, None] * (end - start))
-        n.append(normal.expand(len(share), 2))
-    return torch.cat(r), torch.cat(n)
-
-
-class Expert:
-    """Drives B episodes: expert(pose, disc) is the next command (B, 2).
-
-    A plan is a way in the block's frame: out along the normal, round the block on a circle, in
-    along the normal of a contact, then a push of some length. A push through one contact is a
-    constant twist in the block's frame, so where it ends is known without simulating it.
-    """
-    LENGTHS = 3 * (torch.arange(1, 41) / 40) ** 2       # of pushes; the short ones close together
-
-    def __init__(self, n, generator):
-        self.generator = generator
-        self.r, self.n = contacts()
-        self.rest = self.r + RADIUS * self.n            # the disc where it touches
-        self.entry = leave(self.rest, self.n)           # where the way in begins
-        x, y, self.turn = (twist(self.r, self.n)[:, None] * self.LENGTHS[:, None]).unbind(-1)
-        ahead = torch.sinc(self.turn / 2 / math.pi)     # the block runs on an arc: its chord
-        chord = torch.stack([ahead * x, ahead * y], dim=-1)                     # (K, L, 2)
-        self.shift = rotate(chord.flatten(0, 1)[:, None], self.turn.flatten() / 2).view_as(chord)
-        self.points = torch.zeros(n, 4, 2)              # begin, end of the way out, entry, contact
-        self.arc, self.normal = torch.zeros(n), torch.zeros(n, 2)
-        self.parts = torch.zeros(n, 4)                  # lengths: out, round, in, push
-        self.gone = torch.zeros(n)                      # how much of the four is behind us
-        self.stays = torch.zeros(n, dtype=torch.bool)
-
-    def choose(self, pose, disc):
-        """New plans: (points, arc, normal, parts). Each contact, side and length is an option."""
-        begin = to_block(disc[:, None], pose)[:, 0]
-        normal = begin - nearest(begin)
-        out = leave(begin, normal / normal.norm(dim=1, keepdim=True))
-        goal = to_block(torch.zeros(len(pose), 1, 2), pose)                     # (B, 1, 2)
-        distance = (goal[:, None] - self.shift).norm(dim=-1)
-        error = miss(distance, pose[:, 2, None, None] + self.turn)              # (B, K, L)
-        # the way to each contact, anticlockwise or clockwise; a contact beside us has a short way
-        left = (angle(self.entry) - angle(out)[:, None]) % (2 * math.pi)        # (B, K)
-        arc = torch.stack([left, left - 2 * math.pi], dim=-1)                   # (B, K, 2)
-        radius = (out.norm(dim=1)[:, None, None] + CIRCLE) / 2
-        direct = (self.rest - begin[:, None]).norm(dim=-1)[..., None]
-        beside = direct < BESIDE
-        parts = [(out - begin).norm(dim=1)[:, None, None] * ~beside, arc.abs() * radius * ~beside,
-                 torch.where(beside, direct, (self.entry - self.rest).norm(dim=1)[:, None])]
-        way = sum(parts)[..., None] + self.LENGTHS                              # (B, K, 2, L)
-        # the less is missing, the colder the choice; among good plans it stays open
-        now = miss(goal.norm(dim=-1), pose[:, 2:])[..., None, None]
-        logits = -(error[:, :, None] + 0.007 * way) / (0.08 * now.clamp(max=1))
-        pick = torch.multinomial(logits.flatten(1).softmax(1), 1, generator=self.generator)[:, 0]
-        i, (k, side, length) = torch.arange(len(pose)), torch.unravel_index(pick, way.shape[1:])
-        parts = [part.expand(arc.shape)[i, k, side] for part in parts] + [self.LENGTHS[length]]
-        beside = beside[i, k]
-        points = [begin, torch.where(beside, begin, out),
-                  torch.where(beside, begin, self.entry[k]), self.rest[k]]
-        return torch.stack(points, 1), arc[i, k, side], self.n[k], torch.stack(parts, 1)
-
-    def __call__(self, pose, disc):
-        self.stays |= coverage(pose) >= ENOUGH
-        new = (self.gone > self.parts.sum(1) - 1e-3) & ~self.stays
-        if new.any():
-            plan = self.choose(pose[new], disc[new])
-            self.points[new], self.arc[new], self.normal[new], self.parts[new] = plan
-            self.gone[new] = 0
-        begin, out, entry, rest = self.points.unbind(1)
-        ends, before = self.parts.cumsum(1), self.gone
-        pushes = before > ends[:, 2] - 1e-3
-        self.gone = torch.where(pushes, torch.minimum(before + PUSH, ends[:, 3]),
-                                torch.minimum(before + TRAVEL, ends[:, 2]))
-        # where that is: the share of each part that is done
-        share = (1 - (ends - self.gone[:, None]) / self.parts.clamp(min=1e-6)).clamp(0, 1)
-        turned = angle(out) + share[:, 1] * self.arc
-        radius = torch.lerp(out.norm(dim=1), entry.norm(dim=1), share[:, 1])
-        round_it = radius[:, None] * torch.stack([turned.cos(), turned.sin()], dim=1)
-        target = torch.lerp(begin, out, share[:, :1])
-        target = torch.where(share[:, 1:2] > 0, round_it, target)
-        target = torch.where(share[:, 2:3] > 0, torch.lerp(entry, rest, share[:, 2:3]), target)
-        target = target - torch.where(pushes, self.gone - before, 0)[:, None] * self.normal
-        target = to_world(target[:, None], pose)[:, 0]
-        return torch.where(self.stays[:, None], disc, target)
-
-
+# ---- The expert, which a reader of the policy may skip ----
+# One push after another, each chosen by where it would bring the block.
 def angle(points):
     return torch.atan2(points[..., 1], points[..., 0])
 
@@ -216,6 +124,116 @@ def miss(distance, turn):
     return (distance ** 2 + 2 * (1 - turn.cos()) * C2) ** 0.5
 
 
+def contacts(spacing=0.36, edge=0.1, gap=RADIUS):
+    """Points of the edges and their outward normals (K, 2), clear of outer and inner corners."""
+    left, right, bottom, top = BAR
+    s_left, s_right, s_bottom, _ = STEM
+    lines = [((left + edge, top), (right - edge, top), (0.0, 1.0)),
+             ((left, bottom + edge), (left, top - edge), (-1.0, 0.0)),
+             ((right, bottom + edge), (right, top - edge), (1.0, 0.0)),
+             ((left + edge, bottom), (s_left - gap, bottom), (0.0, -1.0)),
+             ((s_right + gap, bottom), (right - edge, bottom), (0.0, -1.0)),
+             ((s_left, s_bottom + edge), (s_left, bottom - gap), (-1.0, 0.0)),
+             ((s_right, s_bottom + edge), (s_right, bottom - gap), (1.0, 0.0)),
+             ((s_left + edge, s_bottom), (s_right - edge, s_bottom), (0.0, -1.0))]
+    r = []
+    n = []
+    for start, end, normal in torch.tensor(lines):
+        share = torch.linspace(0, 1, round((end - start).norm().item() / spacing) + 1)
+        r.append(start + share[:, None] * (end - start))
+        n.append(normal.expand(len(share), 2))
+    return torch.cat(r), torch.cat(n)
+
+
+class Expert:
+    """Drives B episodes: expert(pose, disc) is the next command (B, 2).
+
+    A plan is a way in the block's frame: out along the normal, round the block on a circle, in
+    along the normal of a contact, then a push of some length. A push through one contact is a
+    constant twist in the block's frame, so where it ends is known without simulating it.
+    """
+    LENGTHS = 3 * (torch.arange(1, 41) / 40) ** 2  # of pushes; the short ones close together
+
+    def __init__(self, n, generator):
+        self.generator = generator
+        self.r, self.n = contacts()
+        self.rest = self.r + RADIUS * self.n  # the disc where it touches
+        self.entry = leave(self.rest, self.n)  # where the way in begins
+
+        x, y, self.turn = (twist(self.r, self.n)[:, None] * self.LENGTHS[:, None]).unbind(-1)
+        ahead = torch.sinc(self.turn / 2 / math.pi)  # the block runs on an arc: its chord
+        chord = torch.stack([ahead * x, ahead * y], dim=-1)  # (K, L, 2)
+        self.shift = rotate(chord.flatten(0, 1)[:, None], self.turn.flatten() / 2).view_as(chord)
+
+        self.points = torch.zeros(n, 4, 2)  # begin, end of the way out, entry, contact
+        self.arc = torch.zeros(n)
+        self.normal = torch.zeros(n, 2)
+        self.parts = torch.zeros(n, 4)  # lengths: out, round, in, push
+        self.gone = torch.zeros(n)  # how much of the four is behind us
+        self.stays = torch.zeros(n, dtype=torch.bool)
+
+    def choose(self, pose, disc):
+        """New plans: (points, arc, normal, parts). Each contact, side and length is an option."""
+        begin = to_block(disc[:, None], pose)[:, 0]
+        normal = begin - nearest(begin)
+        out = leave(begin, normal / normal.norm(dim=1, keepdim=True))
+        goal = to_block(torch.zeros(len(pose), 1, 2), pose)  # (B, 1, 2)
+        distance = (goal[:, None] - self.shift).norm(dim=-1)
+        error = miss(distance, pose[:, 2, None, None] + self.turn)  # (B, K, L)
+
+        # the way to each contact, anticlockwise or clockwise; a contact beside us has a short way
+        left = (angle(self.entry) - angle(out)[:, None]) % (2 * math.pi)  # (B, K)
+        arc = torch.stack([left, left - 2 * math.pi], dim=-1)  # (B, K, 2)
+        radius = (out.norm(dim=1)[:, None, None] + CIRCLE) / 2
+        direct = (self.rest - begin[:, None]).norm(dim=-1)[..., None]
+        beside = direct < BESIDE
+        parts = [(out - begin).norm(dim=1)[:, None, None] * ~beside, arc.abs() * radius * ~beside,
+                 torch.where(beside, direct, (self.entry - self.rest).norm(dim=1)[:, None])]
+        way = sum(parts)[..., None] + self.LENGTHS  # (B, K, 2, L)
+
+        # the less is missing, the colder the choice; among good plans it stays open
+        now = miss(goal.norm(dim=-1), pose[:, 2:])[..., None, None]
+        logits = -(error[:, :, None] + 0.007 * way) / (0.08 * now.clamp(max=1))
+        pick = torch.multinomial(logits.flatten(1).softmax(1), 1, generator=self.generator)[:, 0]
+        i = torch.arange(len(pose))
+        k, side, length = torch.unravel_index(pick, way.shape[1:])
+
+        parts = [part.expand(arc.shape)[i, k, side] for part in parts] + [self.LENGTHS[length]]
+        beside = beside[i, k]
+        points = [begin, torch.where(beside, begin, out),
+                  torch.where(beside, begin, self.entry[k]), self.rest[k]]
+        return torch.stack(points, 1), arc[i, k, side], self.n[k], torch.stack(parts, 1)
+
+    def __call__(self, pose, disc):
+        self.stays |= coverage(pose) >= ENOUGH
+        new = (self.gone > self.parts.sum(1) - 1e-3) & ~self.stays
+        if new.any():
+            plan = self.choose(pose[new], disc[new])
+            self.points[new], self.arc[new], self.normal[new], self.parts[new] = plan
+            self.gone[new] = 0
+
+        begin, out, entry, rest = self.points.unbind(1)
+        ends = self.parts.cumsum(1)
+        before = self.gone
+        pushes = before > ends[:, 2] - 1e-3
+        self.gone = torch.where(pushes, torch.minimum(before + PUSH, ends[:, 3]),
+                                torch.minimum(before + TRAVEL, ends[:, 2]))
+
+        # where that is: the share of each part that is done
+        share = (1 - (ends - self.gone[:, None]) / self.parts.clamp(min=1e-6)).clamp(0, 1)
+        turned = angle(out) + share[:, 1] * self.arc
+        radius = torch.lerp(out.norm(dim=1), entry.norm(dim=1), share[:, 1])
+        round_it = radius[:, None] * torch.stack([turned.cos(), turned.sin()], dim=1)
+
+        target = torch.lerp(begin, out, share[:, :1])
+        target = torch.where(share[:, 1:2] > 0, round_it, target)
+        target = torch.where(share[:, 2:3] > 0, torch.lerp(entry, rest, share[:, 2:3]), target)
+        target = target - torch.where(pushes, self.gone - before, 0)[:, None] * self.normal
+
+        target = to_world(target[:, None], pose)[:, 0]
+        return torch.where(self.stays[:, None], disc, target)
+
+
 def demonstrations(n, seed=0):
     """n episodes: poses (n, S, 3), discs (n, S, 2), the expert's commands (n, S, 2), ends (n,).
 
@@ -226,12 +244,16 @@ def demonstrations(n, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pose, disc = starts(n, generator)
     expert = Expert(n, generator)
-    sigma, noise = 0.2 * torch.rand(n, 1, generator=generator), torch.zeros(n, 2)
-    ends, rows = torch.full((n,), STEPS), []
+    sigma = 0.2 * torch.rand(n, 1, generator=generator)
+    noise = torch.zeros(n, 2)
+    ends = torch.full((n,), STEPS)
+    rows = []
     for k in range(STEPS):
         command = expert(pose, disc)
         ends = torch.where(expert.stays, ends.clamp(max=k + HOLD), ends)
         rows.append((pose, disc, command))
-        noise = 0.7 * noise + 0.51 ** 0.5 * sigma * torch.randn(n, 2, generator=generator)
+        fresh = (1 - 0.7 ** 2) ** 0.5 * sigma * torch.randn(n, 2, generator=generator)
+        noise = 0.7 * noise + fresh  # its variance stays sigma^2
         pose, disc = step(pose, disc, command + noise * ~expert.stays[:, None])
-    return *(torch.stack(column, 1) for column in zip(*rows)), ends
+    poses, discs, commands = (torch.stack(column, 1) for column in zip(*rows))
+    return poses, discs, commands, ends

@@ -3,22 +3,47 @@ import io
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+import torch
 from loading import ROOT, load
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # two threads that wait for a third are slow
 FOLDERS = [path.parent.name for path in sorted(ROOT.glob("*/main.py"))]
+FIGURES = ["reverse.png", "reverse.gif", "forward.png", "grid.png", "steps.png", "guidance.png",
+           "neighbours.png", "complete.png", "loss.png"]
+NARROW = "CHANNELS = (16, 32, 64)", "CHANNELS = (8, 16, 16)"
 
 
 @pytest.fixture(scope="session", params=FOLDERS)
 def main(request):
     """main.py of each folder, imported."""
     return load(request.param)
+
+
+def read(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    return all(torch.equal(a[net][key], b[net][key]) for net in ("model", "ema") for key in a[net])
+
+
+def copied(folder, *changes, source="MNIST"):
+    """A reader's own copy, without the weights, its constants changed."""
+    shutil.copytree(ROOT / source, folder, ignore=shutil.ignore_patterns(
+        "data", "runs", "figures", "*.pt", "__pycache__"))
+    code = (folder / "main.py").read_text()
+    for old, new in changes:
+        assert old in code
+        code = code.replace(old, new)
+    (folder / "main.py").write_text(code)
+    return folder
 
 
 def start(*args, env=(), **options):
@@ -37,7 +62,8 @@ def run(script, *args, **options):
         out, err = process.communicate(timeout=240)
         return process.returncode, out, err
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    kinds = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {kind: signal.getsignal(kind) for kind in kinds}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [str(script), *map(str, args)])
         patch.syspath_prepend(str((ROOT / script).parent))

@@ -51,9 +51,9 @@ def drive(checkpoint, net, n):
             noise = torch.randn(n, 2, 1, main.HORIZON, generator=generator)
             *_, (_, x_0, _) = main.sample(net, noise, y, alpha_bar, config["target"],
                                           steps=1 if config["regression"] else main.SAMPLE_STEPS)
-            path = world.to_world(main.REACH * x_0.squeeze(2).transpose(1, 2), pose)
+            plan = main.to_path(x_0, pose)
         before = disc
-        for i, action in enumerate(pixels(path[:, k % main.DRIVEN + LEAD]).clamp(0, 512).numpy()):
+        for i, action in enumerate(pixels(plan[:, k % main.DRIVEN + LEAD]).clamp(0, 512).numpy()):
             if best[i] <= 0.95:         # the simulator's own threshold, at which it ends
                 states[i], _, _, _, info = environments[i].step(action)
                 best[i] = max(best[i], info["coverage"])

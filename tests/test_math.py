@@ -1,9 +1,10 @@
 """The mathematics of main.py against formulas written out here, in float64."""
+import ast
 import math
 
 import pytest
 import torch
-from loading import load
+from loading import ROOT, load
 
 LINEAR = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 F = torch.cos((torch.arange(1001, dtype=torch.float64) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -20,7 +21,8 @@ def perfect(x_0, alpha_bar, target):
         a = column(alpha_bar[t])
         x = x_0.repeat(len(x_t) // len(x_0), 1, 1, 1)
         eps = (x_t - a.sqrt() * x) / (1 - a).sqrt()
-        return {"x0": x, "eps": eps, "v": a.sqrt() * eps - (1 - a).sqrt() * x}[target]
+        v = a.sqrt() * eps - (1 - a).sqrt() * x
+        return {"x0": x, "eps": eps, "v": v, "flow": eps - x}[target]
     return net
 
 
@@ -39,7 +41,7 @@ def walk(main, net, alpha_bar, **options):
 
 
 def test_schedules_at_both_ends(main):
-    linear, cosine = main.noise_schedule("linear", 1000), main.noise_schedule("cosine", 1000)
+    linear, cosine, flow = (main.noise_schedule(name, 1000) for name in ("linear", "cosine", "flow"))
     assert linear.dtype == cosine.dtype == torch.float64
     assert linear[0] == cosine[0] == 1
     assert linear[1].item() == pytest.approx(0.9999, abs=1e-15)
@@ -47,7 +49,8 @@ def test_schedules_at_both_ends(main):
     assert cosine[1].item() == pytest.approx((F[1] / F[0]).item(), rel=1e-12)
     assert cosine[500].item() == pytest.approx((F[500] / F[0]).item(), rel=1e-9)
     assert 0 < cosine[-1] < 1e-8
-    for alpha_bar in (linear, cosine):
+    assert flow[250].item() == pytest.approx(0.75 ** 2 / (0.75 ** 2 + 0.25 ** 2), rel=1e-12)
+    for alpha_bar in (linear, cosine, flow):
         assert len(alpha_bar) == 1001 and (alpha_bar.diff() < 0).all()
 
 
@@ -64,7 +67,7 @@ def test_small_steps_add_up_to_the_closed_form(main, name):
         assert noise_std ** 2 == pytest.approx(variance, rel=1e-9)
 
 
-@pytest.mark.parametrize("target", ["x0", "eps", "v"])
+@pytest.mark.parametrize("target", ["x0", "eps", "v", "flow"])
 def test_to_x0_is_the_way_back_from_to_target(main, target):
     alpha_bar, x_0, eps, t = main.noise_schedule("cosine", 1000), image(), noise(), [4, 400, 900]
     x_t = main.q_sample(x_0, torch.tensor(t), eps, alpha_bar)
@@ -127,7 +130,7 @@ def test_skipping_levels_is_ddim_s_equations_12_and_16(main, eta):
         torch.testing.assert_close(x_prev, expected)
 
 
-@pytest.mark.parametrize("target", ["x0", "eps", "v"])
+@pytest.mark.parametrize("target", ["x0", "eps", "v", "flow"])
 @pytest.mark.parametrize("steps, eta", [(1, 0.0), (7, 0.0), (7, 1.0), (1000, 1.0)])
 def test_a_perfect_predictor_returns_the_image(main, target, steps, eta):
     alpha_bar, x_0 = main.noise_schedule("cosine", 1000), image()
@@ -143,27 +146,66 @@ def test_more_steps_than_levels_are_all_levels(main):
     assert [t for t, _, _ in frames] == list(range(10, -1, -1)) and frames[-1][1].isfinite().all()
 
 
+def test_flow_matching_is_ddim_on_another_schedule(main):
+    """x = (1 - s) x_0 + s eps, s = t/T, followed along the net's u by Euler's steps of 1/20, is what
+    eta = 0 draws, where x_t is x divided by sqrt((1 - s)^2 + s^2)."""
+    s = torch.arange(1001, dtype=torch.float64) / 1000
+    alpha_bar = (1 - s) ** 2 / ((1 - s) ** 2 + s ** 2)
+    ours = main.noise_schedule("flow", 1000)
+    torch.testing.assert_close(ours[:-1], alpha_bar[:-1])       # the last beta is clipped at 0.999
+
+    def net(x_t, t, y):                 # its x0_hat is 0.9 sin(x_t), so that nothing is clamped
+        a = column(alpha_bar[t])
+        return (x_t - (a.sqrt() + (1 - a).sqrt()) * 0.9 * x_t.sin()) / (1 - a).sqrt()
+    frames = walk(main, net, alpha_bar, target="flow", steps=20, eta=0.0)
+    x = noise()
+    for t, x_t, _ in frames[:-1]:
+        scale = ((1 - s[t]) ** 2 + s[t] ** 2).sqrt()
+        torch.testing.assert_close(x_t, x / scale, rtol=0, atol=1e-12)
+        x = x - net(x / scale, torch.tensor([t]), None) / 20
+    torch.testing.assert_close(frames[-1][1], x, rtol=0, atol=1e-12)
+
+
+def test_what_is_known_stays(main):
+    alpha_bar, x_0 = main.noise_schedule("cosine", 1000), image()
+    mask = torch.zeros_like(x_0, dtype=torch.bool)
+    mask[:, :, :2] = True
+    frames = walk(main, lambda x_t, t, y: 0.1 * x_t, alpha_bar, target="v", known=(mask, x_0))
+    free = walk(main, lambda x_t, t, y: 0.1 * x_t, alpha_bar, target="v")
+    for _, _, x0_hat in frames[:-1]:
+        assert torch.equal(x0_hat[mask], x_0[mask])
+    torch.testing.assert_close(frames[-1][1][mask], x_0[mask])
+    assert not torch.equal(free[-1][1][mask], x_0[mask])
+
+
 @pytest.mark.parametrize("folder", ["MNIST", "CIFAR10"])
-def test_guidance_is_one_plus_w_of_y_minus_w_of_null(folder):
+def test_guidance_is_one_plus_w_of_y_minus_w_of_null(folder, monkeypatch):
     main = load(folder)
-    alpha_bar, calls = main.noise_schedule("cosine", 1000), []
+    monkeypatch.setattr(main, "GUIDED", (0.4, 0.8))
+    alpha_bar = main.noise_schedule("cosine", 1000)
+    calls = []
 
     def net(x_t, t, y):
-        calls.append(y.tolist())
+        calls.append((t[0].item(), y.tolist()))
         return x_t * 0 + column(torch.where(y == main.NULL, 0.3, 0.1 * y))
-    (t, x_t, x0_hat), *_ = walk(main, net, alpha_bar, target="v", steps=1, guidance=2.0)
-    a = alpha_bar[t]
-    v = 3.0 * 0.1 * column(torch.arange(3)) - 2.0 * 0.3
-    torch.testing.assert_close(x0_hat, (a.sqrt() * x_t - (1 - a).sqrt() * v).clamp(-1, 1))
-    walk(main, net, alpha_bar, steps=1, guidance=0.0)
-    assert calls == [[0, 1, 2], [main.NULL] * 3, [0, 1, 2]]     # without guidance: asked once
+    frames = walk(main, net, alpha_bar, target="v", steps=5, guidance=2.0)
+    for t, x_t, x0_hat in frames[:-1]:
+        a = alpha_bar[t]
+        v = 0.1 * column(torch.arange(3))
+        if t in (600, 800):                                     # 0.4 T < t <= 0.8 T
+            v = 3.0 * v - 2.0 * 0.3
+        torch.testing.assert_close(x0_hat, (a.sqrt() * x_t - (1 - a).sqrt() * v).clamp(-1, 1))
+    asked_twice = [t for t, y in calls if y == [main.NULL] * 3]
+    assert asked_twice == [800, 600] and len(calls) == 7
+    walk(main, net, alpha_bar, steps=5, guidance=0.0)
+    assert len(calls) == 12                                     # without guidance: asked once
 
 
 def test_unet_starts_at_zero_and_listens_to_x_t_and_y(main):
     torch.manual_seed(0)
     net = {"MNIST": lambda: main.UNet(10, (8, 16, 16)),
            "CIFAR10": lambda: main.UNet(10, (8, 16), 1, 0.0),
-           "PUSHT": lambda: main.UNet((8, 16, 16))}[main.HERE.name]().eval()
+           "PUSHT": lambda: main.UNet((8, 16, 16), 2, 8)}[main.HERE.name]().eval()
     x, t, labels = torch.randn(2, net.stem.in_channels, 28, 28), *torch.tensor([[10, 900], [1, 2]])
     hidden = torch.full_like(labels, getattr(main, "NULL", 0))
     if main.HERE.name == "PUSHT":
@@ -175,3 +217,24 @@ def test_unet_starts_at_zero_and_listens_to_x_t_and_y(main):
     for other in (net(x + 0.1, t, labels), net(x, t + 50, labels), net(x, t, labels + 1),
                   net(x, t, hidden)):
         assert (base - other).abs().max() > 1e-4
+
+
+TWINS = {
+    ("MNIST/main.py", "CIFAR10/main.py"): """noise_schedule q_sample to_target to_x0 group_norm
+        zero_init Attention Block autocast sample draw_samples progress catch_signals
+        save_checkpoint load_checkpoint absolute Output run""",
+    ("MNIST/main.py", "PUSHT/main.py"): """noise_schedule q_sample to_target to_x0 group_norm
+        zero_init Attention autocast progress catch_signals save_checkpoint load_checkpoint
+        absolute Output run""",
+    ("MNIST/visual.py", "CIFAR10/visual.py"): """tiled draw reverse animate forward grid steps
+        guidance complete export"""}
+
+
+@pytest.mark.parametrize("pair", TWINS, ids=" ".join)
+def test_what_is_written_twice_is_the_same_to_the_letter(pair):
+    """Each folder stands alone, so they share text on purpose; here is what may not drift."""
+    first, second = ({part.name: ast.get_source_segment(code, part)
+                      for part in ast.parse(code).body if hasattr(part, "name")}
+                     for code in ((ROOT / name).read_text() for name in pair))
+    for name in TWINS[pair].split():
+        assert first[name] == second[name], name

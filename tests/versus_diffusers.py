@@ -25,7 +25,7 @@ def largest_difference(ours, steps, eta):
     generator, x_T = torch.Generator().manual_seed(1), torch.randn(4, 3, 8, 8, dtype=torch.float64)
     y = torch.zeros(4, dtype=torch.int64)
     *_, (_, x_0, _) = ours.sample(net, x_T, y, alpha_bar, "eps", steps, 1.0 if eta is None else eta,
-                                  0.0, generator)
+                                  0.0, generator=generator)
     options = dict(trained_betas=(1 - alpha_bar[1:] / alpha_bar[:-1]).numpy(), clip_sample=True,
                    timestep_spacing="trailing")         # T, ..., as ours
     scheduler = DDPMScheduler(**options) if eta is None else DDIMScheduler(**options)
