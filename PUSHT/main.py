@@ -393,9 +393,9 @@ def train(args, checkpoint, path, device):
                 model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
         bar.update(B)
     bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ends at once
     print(f"{step} steps, {seconds:.0f} seconds, loss {mean_loss:.4f}")
     if not stop.is_set():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends at once
         start = world.starts(200, torch.Generator().manual_seed(1))  # the demonstrations' is 0
         steps = 1 if args.regression else SAMPLE_STEPS
         best = best_coverage(drive(ema, *start, alpha_bar, steps=steps))

@@ -46,12 +46,19 @@ def copied(folder, *changes, source="MNIST"):
     return folder
 
 
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory):
+    """MNIST/main.py in a copy, its net narrow, its T 20: trains in seconds."""
+    return copied(tmp_path_factory.mktemp("quick") / "MNIST", ("T = 1000 ", "T = 20 "),
+                  NARROW) / "main.py"
+
+
 def start(*args, env=(), **options):
     """A script with its arguments, running, as on a machine that does not set PYTHONUNBUFFERED."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=clean | dict(env), **options)
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, *map(str, args)], text=True, env=clean | dict(env),
+                            errors="replace", **options)
 
 
 def run(script, *args, **options):

@@ -1,48 +1,21 @@
 """MNIST/ as its users run it: both commands on real digits, then the mistakes they make."""
+import os
 import resource
 import shlex
 import shutil
 import signal
 import socket
 import struct
-import tempfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import fails, first_step, start, works
+from conftest import FIGURES, NARROW, copied, fails, first_step, read, same, start, works
 from loading import ROOT, load
 from PIL import Image
 
 VISUAL = "MNIST/visual.py"
-FIGURES = ["reverse.png", "reverse.gif", "forward.png", "grid.png", "steps.png", "guidance.png",
-           "neighbours.png", "loss.png"]
 SMALL = ["--data", "embedded", "--batch-size", 8, "--device", "cpu"]
-NARROW = "CHANNELS = 16, 32, 64", "CHANNELS = 8, 16, 16"
-
-
-def read(out):
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    return all(torch.equal(a[net][key], b[net][key]) for net in ("model", "ema") for key in a[net])
-
-
-def copied(folder, *changes, source="MNIST"):
-    """A reader's own copy, without the weights, its constants changed."""
-    shutil.copytree(ROOT / source, folder, ignore=shutil.ignore_patterns(
-        "data", "runs", "figures", "*.pt", "__pycache__"))
-    code = (folder / "main.py").read_text()
-    for old, new in changes:
-        assert old in code
-        code = code.replace(old, new)
-    (folder / "main.py").write_text(code)
-    return folder
-
-
-HOME = tempfile.TemporaryDirectory()    # what follows trains mostly a narrow net of 20 levels
-MAIN = copied(ROOT / HOME.name / "MNIST", ("T = 1000 ", "T = 20 "), NARROW) / "main.py"
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +33,7 @@ def test_it_learns_and_says_what_comes_next(trained):
     out, = (folder / "runs").iterdir()
     history = read(out)["history"]
     assert history[-1][2] < 0.8 * history[0][2]
-    assert Image.open(out / "samples" / "000150.png").size == (302, 62)
+    assert Image.open(out / "samples" / "checkpoint-000150.png").size == (302, 62)
     assert last.startswith("next: ")
     python, script, *args = shlex.split(last.removeprefix("next: "))
     works(script, *args, "grid", "--steps", 2)
@@ -80,12 +53,17 @@ def test_every_figure(trained, tmp_path):
 
 
 def test_export_writes_what_a_judge_reads(trained, tmp_path):
-    for name, options in (("a", []), ("b", ["--seed", 1, "--label", 7])):
-        works(trained[0] / "visual.py", "--export", tmp_path / name, "--n", 12, *options)
-    a, b = (np.load(tmp_path / f"{name}.npz") for name in "ab")
-    assert a["images"].shape == (12, 28, 28) and a["images"].dtype == np.uint8
-    assert a["labels"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert b["labels"].tolist() == [7] * 12 and (a["images"][7] != b["images"][7]).any()
+    visual = trained[0] / "visual.py"
+    for name, seed in (("w1.5", 0), ("w1.0", 50)):
+        out = works(visual, "--export", tmp_path / name, "--n", 60, "--steps", 1, "--seed", seed)
+        assert str(tmp_path / f"{name}.npz") in out
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in ("w1.5", "w1.0"))
+    assert a["images"].shape == (60, 28, 28) and a["images"].dtype == np.uint8
+    assert a["labels"].tolist() == 6 * [*range(10)]
+    both = np.concatenate([a["images"], b["images"]])           # drawn in chunks of 50
+    assert len(np.unique(both.reshape(120, -1), axis=0)) == 120
+    fails(visual, "--export", tmp_path / "w1.0", "--n", 2, words=["w1.0.npz exists"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w1.0.npz", "w1.5.npz"]
 
 
 def test_shipped_weights_draw_the_digit_asked_for(tmp_path):
@@ -99,27 +77,61 @@ def test_shipped_weights_draw_the_digit_asked_for(tmp_path):
 
 
 # ---- runs: the same seed, the same run; interrupted or not; nothing overwritten ----
-def test_a_seed_fixes_the_run_and_a_used_folder_stays_as_it_is(tmp_path):
+def test_a_seed_fixes_the_run_and_a_used_folder_stays_as_it_is(quick, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        works(MAIN, *SMALL, "--steps", 4, "--seed", seed, "--out", tmp_path / name)
+        works(quick, *SMALL, "--steps", 4, "--seed", seed, "--out", tmp_path / name)
     a, b, c = (read(tmp_path / name) for name in "abc")
     assert same(a, b) and not same(a, c)
     before = (tmp_path / "a/checkpoint.pt").read_bytes()
-    fails(MAIN, *SMALL, "--steps", 2, "--out", tmp_path / "a", words=["exists"])
+    fails(quick, *SMALL, "--steps", 2, "--out", tmp_path / "a", words=["exists"])
     assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
 
 
-def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(tmp_path):
-    process = start(MAIN, *SMALL, "--steps", 60, "--out", tmp_path / "a")
+def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(quick, tmp_path):
+    process = start(quick, *SMALL, "--steps", 60, "--out", tmp_path / "a")
     first_step(process)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopping after this step" in out
     assert 0 < read(tmp_path / "a")["step"] < 60 and not [*tmp_path.glob("a/samples/*")]
     shutil.move(tmp_path / "a", tmp_path / "moved")
-    works(MAIN, "--resume", tmp_path / "moved/checkpoint.pt")
-    works(MAIN, *SMALL, "--steps", 60, "--out", tmp_path / "b")
+    works(quick, "--resume", tmp_path / "moved/checkpoint.pt")
+    works(quick, *SMALL, "--steps", 60, "--out", tmp_path / "b")
     assert same(read(tmp_path / "moved"), read(tmp_path / "b"))
+    assert "nothing left" in works(quick, "--resume", tmp_path / "b/checkpoint.pt")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGHUP])
+def test_a_stop_saves_when_nobody_reads_any_more(quick, tmp_path, kind):
+    """`main.py 2>&1 | tee log` and Ctrl-C, or a closed terminal; and the working folder is gone."""
+    (tmp_path / "gone").mkdir()
+    process = start(quick, *SMALL, "--steps", 100000, "--out", tmp_path / "a", cwd=tmp_path / "gone")
+    first_step(process)
+    (tmp_path / "gone").rmdir()
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(kind)
+    assert process.wait(timeout=60) == 0 and read(tmp_path / "a")["step"] > 0
+
+
+def test_closed_output_and_odd_names_end_nothing(quick, tmp_path):
+    out = tmp_path / "\u0141ukasz caf\udce9"
+    works(quick, *SMALL, "--steps", 2, "--out", out, env={"PYTHONIOENCODING": "cp1252"},
+          preexec_fn=lambda: os.close(2))
+    assert read(out)["step"] == 2
+
+
+def test_a_resumed_run_goes_on_in_its_own_file(quick, tmp_path):
+    works(quick, *SMALL, "--steps", 2, "--out", tmp_path / "run")
+    for name in ("a", "b"):
+        shutil.copy(tmp_path / "run/checkpoint.pt", tmp_path / f"{name}.pt")
+    for name, steps in (("a", 4), ("b", 5)):
+        works(quick, "--resume", tmp_path / f"{name}.pt", "--steps", steps)
+    steps = [torch.load(tmp_path / f"{name}.pt")["step"] for name in ("run/checkpoint", "a", "b")]
+    assert steps == [2, 4, 5] and len([*tmp_path.glob("samples/*")]) == 2
+    fails(quick, "--resume", tmp_path / "a.pt", "--out", tmp_path / "run", "--steps", 9,
+          words=["exists"])
+    assert read(tmp_path / "run")["step"] == 2
 
 
 def test_a_kill_leaves_a_whole_checkpoint_and_a_pipe_shows_each_line(tmp_path):
@@ -136,10 +148,10 @@ def test_a_kill_leaves_a_whole_checkpoint_and_a_pipe_shows_each_line(tmp_path):
     assert read(tmp_path / "a")["step"] > 0
 
 
-def test_minutes(tmp_path):
-    works(MAIN, *SMALL, "--minutes", 0.05, "--out", tmp_path / "a")
+def test_minutes(quick, tmp_path):
+    works(quick, *SMALL, "--minutes", 0.05, "--out", tmp_path / "a")
     assert 3 <= read(tmp_path / "a")["seconds"] < 10
-    works(MAIN, "--resume", tmp_path / "a/checkpoint.pt")           # finished: nothing left to do
+    assert "nothing left" in works(quick, "--resume", tmp_path / "a/checkpoint.pt")
 
 
 # ---- data ----
@@ -157,14 +169,14 @@ def mnist(tmp_path):
     return tmp_path / "data"
 
 
-def test_a_folder_in_mnist_s_layout_below_home(mnist, tmp_path, monkeypatch):
+def test_a_folder_in_mnist_s_layout_below_home(quick, mnist, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    out = works(MAIN, "--data=~/data", "--steps", 2, "--batch-size", 4, "--out=~/out")
+    out = works(quick, "--data=~/data", "--steps", 2, "--batch-size", 4, "--out=~/out")
     assert "100 digits" in out and (tmp_path / "out/checkpoint.pt").exists()
     images = mnist / "MNIST/raw/train-images-idx3-ubyte"
     images.write_bytes(images.read_bytes()[:-1000])
-    fails(MAIN, "--data", mnist, words=[str(mnist), "train-images-idx3-ubyte", "unpacked"])
-    fails(MAIN, "--data", tmp_path / "nowhere", words=["nowhere"])
+    fails(quick, "--data", mnist, words=[str(mnist), "train-images-idx3-ubyte", "unpacked"])
+    fails(quick, "--data", tmp_path / "nowhere", words=["nowhere"])
 
 
 def test_without_a_network_it_trains_on_the_embedded_digits(tmp_path, monkeypatch):
@@ -176,27 +188,29 @@ def test_without_a_network_it_trains_on_the_embedded_digits(tmp_path, monkeypatc
                 monkeypatch.setenv(kind, f"http://127.0.0.1:{port}")
             out = works(folder / "main.py", "--steps", 1, "--batch-size", 4)
             assert "training on the 5,000 embedded digits" in out
-            assert not [*(folder / "data").iterdir()]   # nothing half-written is left
+            assert not (folder / "data").exists()       # nothing half-written is left
             assert len([*(folder / "runs").iterdir()]) == k + 1
 
 
-def test_two_programs_that_download_at_once(mnist, tmp_path, monkeypatch):
+def test_an_incomplete_download_is_fetched_again(mnist, tmp_path, monkeypatch):
     main = load("MNIST")
     monkeypatch.setattr(main, "HERE", tmp_path / "clone")
-    (tmp_path / "clone").mkdir()
+    cut = tmp_path / "clone/data/MNIST/raw/train-images-idx3-ubyte"
+    shutil.copytree(mnist, tmp_path / "clone/data")
+    cut.write_bytes(cut.read_bytes()[:-1000])
     reader = main.torchvision.datasets.MNIST
 
-    def slow(root, download=False):
-        if download:                                    # while it downloads, another one finishes
+    def there(root, download=False):                    # a host that has the small folder
+        if download:
             shutil.copytree(mnist, root, dirs_exist_ok=True)
-            shutil.copytree(mnist, tmp_path / "clone/data", dirs_exist_ok=True)
         return reader(root)
-    monkeypatch.setattr(main.torchvision.datasets, "MNIST", slow)
-    images, *_ = main.load_data()
-    assert len(images) == 100
+    monkeypatch.setattr(main.torchvision.datasets, "MNIST", there)
+    for _ in range(2):
+        assert len(main.load_data()[0]) == 100
+    assert cut.stat().st_size == (mnist / "MNIST/raw" / cut.name).stat().st_size
 
 
-def test_bad_checkpoints(trained, tmp_path):
+def test_bad_checkpoints(quick, trained, tmp_path):
     good = next((trained[0] / "runs").glob("*/checkpoint.pt"))
     checkpoint = torch.load(good, weights_only=True)
     bad = {name: tmp_path / f"{name}.pt" for name in ("missing", "cut", "weights", "nets")}
@@ -207,27 +221,54 @@ def test_bad_checkpoints(trained, tmp_path):
     for name, reason in (("missing", "No such file"), ("cut", "RuntimeError"),
                          ("weights", "KeyError: 'config'"), ("nets", "size mismatch")):
         fails(trained[0] / "visual.py", "--checkpoint", bad[name], words=[str(bad[name]), reason])
-    fails(MAIN, "--resume", bad["nets"], words=["size mismatch"])
-    fails(MAIN, "--resume", "MNIST/pretrained.pt", words=["not a run"])
-    fails(MAIN, "--resume", good, words=["was trained with"])       # other constants at the top
+    fails(quick, "--resume", bad["nets"], words=["size mismatch"])
+    fails(quick, "--resume", "MNIST/pretrained.pt", words=["not a run"])
+    fails(quick, "--resume", good, "--steps", 200, words=["was trained with"])  # other constants
 
 
-def test_a_loss_that_is_not_finite_or_a_full_disk_spare_the_checkpoint(tmp_path):
-    works(MAIN, *SMALL, "--steps", 2, "--out", tmp_path / "run")
+def test_a_loss_that_is_not_finite_or_a_full_disk_spare_the_checkpoint(quick, tmp_path):
+    works(quick, *SMALL, "--steps", 2, "--out", tmp_path / "run")
     path = tmp_path / "run/checkpoint.pt"
     before = path.read_bytes()
     limit = resource.RLIMIT_FSIZE, (100_000, 100_000)   # writing more fails as on a full disk
-    fails(MAIN, "--resume", path, "--steps", 4, words=[path.name],
+    fails(quick, "--resume", path, "--steps", 4, words=[path.name],
           preexec_fn=lambda: resource.setrlimit(*limit))
-    fails(MAIN, "--resume", path, "--steps", 60, "--lr", "1e30", words=["not finite"])
+    fails(quick, "--resume", path, "--steps", 60, "--lr", "1e30", words=["not finite"])
     assert path.read_bytes() == before and not [*tmp_path.glob("run/*.part")]
 
 
-@pytest.mark.parametrize("script, args", [
-    *((MAIN, [*SMALL, *args.split()]) for args in (
-        "--steps 0", "--minutes nan", "--batch-size 0", "--lr -1", "--device abacus",
-        "--out /dev/null/x")),
-    *((VISUAL, args.split()) for args in (
-        "--steps 0", "--label 11", "--guidance nan", "--eta 2", "nonsense", "--export no/x.npz"))])
-def test_flags_out_of_range(script, args):
-    fails(script, *args)
+@pytest.mark.parametrize("args", [
+    "--steps 0", "--minutes nan", "--minutes inf", "--batch-size 0", "--lr -1", "--lr nan", "--data=",
+    "--resume=", "--device abacus", "--out /dev/null/x"])
+def test_flags_out_of_range(quick, args):
+    fails(quick, *SMALL, *args.split())
+
+
+@pytest.mark.parametrize("args", [
+    "--steps 0", "--label 11", "--guidance nan", "--eta 2", "nonsense", "--export no/x.npz"])
+def test_figure_flags_out_of_range(args):
+    fails(VISUAL, *args.split())
+
+
+# ---- a reader's own settings ----
+def test_a_matplotlibrc_changes_no_figure(trained, tmp_path):
+    (tmp_path / "matplotlibrc").write_text("image.origin: lower\ntext.usetex: True\n")
+    for name, env in (("a", {}), ("b", {"MATPLOTLIBRC": str(tmp_path)})):
+        works(trained[0] / "visual.py", "grid", "--steps", 1, "--out", tmp_path / name, env=env)
+    assert (tmp_path / "a/grid.png").read_bytes() == (tmp_path / "b/grid.png").read_bytes()
+
+
+def test_two_folders_in_one_notebook_are_not_mixed():
+    code = "import runpy, sys; sys.path.insert(0, 'MNIST'); import main; sys.argv = ['visual.py']; " \
+           "runpy.run_path('CIFAR10/visual.py', run_name='__main__')"
+    fails("-c", code, env={}, words=["MNIST", "restart"])
+
+
+def test_ctrl_c_outside_training_is_one_line(trained):
+    process = start(trained[0] / "visual.py", "--export", "nowhere", "--n", 100000)
+    while b"exporting" not in process.stderr.buffer.read1(100):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "error: interrupted" in err and "Traceback" not in err
+    assert not [*ROOT.glob("nowhere*")] and not [*ROOT.glob("tmp*")]

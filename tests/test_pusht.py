@@ -5,22 +5,29 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import fails, first_step, start, works
+from conftest import copied, fails, first_step, read, same, start, works
 from loading import ROOT, load
 from PIL import Image
-from test_mnist import copied, same
 
 MAIN, VISUAL = "PUSHT/main.py", "PUSHT/visual.py"
 SMALL = ["--batch-size", 32, "--episodes", 30, "--device", "cpu"]
-main = load("PUSHT")
-world = main.world
 
 
-def random(n, seed=0):
+@pytest.fixture(scope="module")
+def main():
+    return load("PUSHT")
+
+
+@pytest.fixture(scope="module")
+def world(main):
+    return main.world
+
+
+def random(world, n, seed=0):
     return world.starts(n, torch.Generator().manual_seed(seed))
 
 
-def test_a_push_through_the_centre_only_moves():
+def test_a_push_through_the_centre_only_moves(world):
     pose = torch.tensor([[0.3, -0.2, 0.7]])
     ends = torch.tensor([[[0.0, world.BAR[3] + world.RADIUS], [0.0, world.BAR[3]]]])
     disc, command = world.to_world(ends, pose).unbind(1)
@@ -29,8 +36,8 @@ def test_a_push_through_the_centre_only_moves():
     assert abs(after[0, 2] - 0.7) < 1e-5
 
 
-def test_mirrored_world_mirrored_motion_and_bounded_penetration():
-    pose, disc = random(100)
+def test_mirrored_world_mirrored_motion_and_bounded_penetration(world):
+    pose, disc = random(world, 100)
     mirror, deepest = torch.tensor([-1.0, 1.0, -1.0]), 0.0
     other = pose * mirror, disc * mirror[:2]
     for _ in range(25):
@@ -42,12 +49,12 @@ def test_mirrored_world_mirrored_motion_and_bounded_penetration():
     assert 0 <= deepest < 0.2 * world.RADIUS
 
 
-def test_coverage_and_frames():
+def test_coverage_and_frames(main, world):
     poses = torch.tensor([[0.0, 0, 0], [0, 0, 2 * math.pi], [9, 0, 0], [0.03, 0, 0], [0, 0.03, 0]])
     stem_and_bar = torch.tensor([1, 1, 0, 1 - 0.03 * 4 / 7, 1 - 0.03 * 4 / 7])  # what sticks out
     torch.testing.assert_close(world.coverage(poses), stem_and_bar, atol=1e-4, rtol=0)
     assert world.C2 == pytest.approx(1.770, abs=2e-3) and world.GRID.mean(0).abs().max() < 1e-6
-    pose, disc = random(50)
+    pose, disc = random(world, 50)
     points = torch.randn(50, 7, 2, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(world.to_world(world.to_block(points, pose), pose), points)
     y = main.observe(pose, disc, disc)
@@ -55,8 +62,8 @@ def test_coverage_and_frames():
     torch.testing.assert_close(back, torch.stack([disc, 0 * disc], 1), atol=1e-5, rtol=0)
 
 
-def test_fifty_episodes_of_the_expert():
-    pose, disc = random(50, seed=3)
+def test_fifty_episodes_of_the_expert(world):
+    pose, disc = random(world, 50, seed=3)
     expert, best = world.Expert(50, torch.Generator().manual_seed(0)), torch.zeros(50)
     for _ in range(world.STEPS):
         pose, disc = world.step(pose, disc, expert(pose, disc))
@@ -78,11 +85,13 @@ def trained(tmp_path_factory):
 def test_it_learns_says_its_success_and_draws_every_figure(trained, tmp_path):
     folder, outs = trained
     assert "an expert drives 30" in outs[0] and "an expert" not in outs[1]      # made once
-    for out, run in zip(outs, sorted((folder / "runs").iterdir())):
-        history = torch.load(run / "checkpoint.pt")["history"]
+    runs = sorted((folder / "runs").iterdir())
+    for out, run in zip(outs, runs):
+        history = read(run)["history"]
         assert "unseen starts" in out and history[-1][2] < 0.9 * history[0][2]
-    (folder / "data/30.pt").write_bytes(b"cut")                         # is made anew
-    works(folder / "visual.py", "all", "--out", tmp_path, "--steps", 3, "--starts", 4)
+    torch.save([1, 2], folder / "data/30.pt")                           # is made anew
+    out = works(folder / "visual.py", "all", "--out", tmp_path, "--steps", 3, "--starts", 4)
+    assert f"checkpoint: {runs[0]}" in out and f"regression: {runs[1]}" in out
     assert len([*tmp_path.iterdir()]) == 7 + 2                          # figures and gifs
     for path in tmp_path.iterdir():
         assert np.asarray(Image.open(path).convert("L")).std() > 10, path
@@ -108,11 +117,35 @@ def test_stopped_and_resumed_is_the_same_run_and_broken_files_are_one_line(train
     fails(VISUAL, "--driven", 17)
 
 
-def test_shipped_weights_push_and_the_average_does_not():
+def test_another_horizon_or_reach_is_never_used_unsaid(trained, tmp_path):
+    run = next((trained[0] / "runs").iterdir()) / "checkpoint.pt"
+    for old, new in (("HORIZON = 16", "HORIZON = 8"), ("REACH = 5.0", "REACH = 4.0")):
+        folder = copied(tmp_path / new, ("T = 1000 ", "T = 30 "), ("32, 64, 64", "8, 16, 16"),
+                        (old, new), source="PUSHT")
+        fails(folder / "main.py", "--resume", run, "--steps", 300, "--device", "cpu",
+              words=["was trained with"])
+        fails(folder / "visual.py", "--checkpoint", run, words=[old.split()[0].lower()])
+    for old, new in (("HORIZON = 16", "HORIZON = 10"), ("DRIVEN = 4", "DRIVEN = 20")):
+        folder = copied(tmp_path / new, (old, new), source="PUSHT")
+        fails(folder / "main.py", *SMALL, words=[old.split()[0]])
+
+
+def test_ctrl_c_ends_the_evaluation(tmp_path):
+    folder = copied(tmp_path / "long", ("T = 1000 ", "T = 30 "), ("32, 64, 64", "8, 16, 16"),
+                    ("starts(200", "starts(2000"), source="PUSHT")
+    process = start(folder / "main.py", *SMALL, "--steps", 2)
+    while "2 steps" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode and err.splitlines()[-1] == "error: interrupted" and not out
+
+
+def test_shipped_weights_push_and_the_average_does_not(main, world):
     shares = []
     for name in ("pretrained", "regression"):
         _, net = main.load_checkpoint(ROOT / "PUSHT" / f"{name}.pt")
-        frames = main.drive(net, *random(16, seed=5), main.noise_schedule("cosine", 1000),
+        frames = main.drive(net, *random(world, 16, seed=5), main.noise_schedule("cosine", 1000),
                             generator=torch.Generator(), steps=5 if name == "pretrained" else 1)
         best = main.best_coverage(frame for frame, _ in zip(frames, range(160)))
         shares.append((best >= 0.9).float().mean().item())
