@@ -69,9 +69,12 @@ class Model:
         torch.manual_seed(self.seed)
         x_T = torch.randn(len(pose), 2, 1, HORIZON).to(self.device)
         y = observe(pose, disc, disc).to(self.device)
-        for t, x_t, x0_hat in sample(self.net, x_T, y, self.alpha_bar, self.target,
-                                     **self.options):
+        for t, x_t, x0_hat in self.sample(x_T, y):
             yield t, to_path(x_t.cpu(), pose), to_path(x0_hat.cpu(), pose)
+
+    def sample(self, x_T, y):
+        """main.sample with this net and these flags."""
+        return sample(self.net, x_T, y, self.alpha_bar, self.target, **self.options)
 
     def drive(self, pose, disc, **changes):
         """main.drive with the noise of --seed."""
@@ -203,7 +206,7 @@ def film(model, regression):
 
 def bars(runs):
     """Drives each policy: a table of how often it succeeds, and bars with 95 % intervals."""
-    figure, axis = plt.subplots(figsize=(6, 3.2))
+    figure, axis = plt.subplots(figsize=(8, 3.2))
     for i, (name, frames) in enumerate(runs.items()):
         began = time.perf_counter()
         best = best_coverage(frames)
@@ -226,13 +229,26 @@ def success(model, regression):
     """How often each policy brings the block to the goal."""
     start = model.starts(model.n)
     plans, seen, _ = load_data(model.config["episodes"])
+    torch.manual_seed(model.seed)
 
-    def look_up(x_t, t, y):  # instead of a net: the plan of the most similar y is x0_hat
+    # three that stand for a net: x0_hat at once
+    def shoved(x_t, t, y):  # the regression's plan, moved by 0.3 units or so to a random side
+        *_, (_, plan, _) = regression.sample(x_t, y)
+        return plan + 0.3 / REACH * torch.randn(len(y), 2, 1, 1).to(plan)
+
+    def mean(x_t, t, y):  # of 16 plans
+        *_, (_, drawn, _) = model.sample(torch.randn(16, *x_t.shape).flatten(0, 1).to(x_t),
+                                         y.repeat(16, 1))
+        return drawn.unflatten(0, (16, -1)).mean(0)
+
+    def look_up(x_t, t, y):  # the plan of the most similar y
         return plans[torch.cdist(y.cpu(), seen).argmin(1)].to(x_t)
-    return bars({
-        "expert": drive_expert(*start), "diffusion": model.drive(*start),
-        "regression": regression.drive(*start),
-        "look-up": drive(look_up, *start, model.alpha_bar, "x0", model.driven, steps=1)})
+
+    runs = {"expert": drive_expert(*start), "regression": regression.drive(*start)}
+    for name, net in (("regression, shoved", shoved), ("mean of 16 plans", mean),
+                      ("look-up", look_up)):
+        runs[name] = drive(net, *start, model.alpha_bar, "x0", model.driven, steps=1)
+    return bars(runs | {"diffusion": model.drive(*start)})
 
 
 def steps(model, _):
@@ -259,19 +275,8 @@ def copying(model, _):
     return figure
 
 
-def loss(model, regression):
-    """The curves of both trainings. They answer different questions: compare neither's height."""
-    figure, axis = plt.subplots(figsize=(5, 3.2))
-    for policy, colour in ((model, BLUE), (regression, RED)):
-        step, _, value = np.array(policy.checkpoint["history"]).T
-        axis.plot(step / 1000, value, color=colour)
-    axis.set(xlabel="thousand steps", ylabel=f"loss ({model.target})", ylim=(0, 0.15),
-             title="Diffusion, all t (blue); regression, t = T (red)")
-    return figure
-
-
 FIGURES = {"reverse": reverse, "fan": fan, "drive": film, "success": success, "steps": steps,
-           "copying": copying, "loss": loss}
+           "copying": copying}
 GIFS = {"reverse": (denoising, 2), "drive": (driving, 12)}     # frames a second
 
 

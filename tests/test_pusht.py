@@ -92,7 +92,7 @@ def test_it_learns_says_its_success_and_draws_every_figure(trained, tmp_path):
     torch.save([1, 2], folder / "data/30.pt")                           # is made anew
     out = works(folder / "visual.py", "all", "--out", tmp_path, "--steps", 3, "--starts", 4)
     assert f"checkpoint: {runs[0]}" in out and f"regression: {runs[1]}" in out
-    assert len([*tmp_path.iterdir()]) == 7 + 2                          # figures and gifs
+    assert len([*tmp_path.iterdir()]) == 6 + 2                          # figures and gifs
     for path in tmp_path.iterdir():
         assert np.asarray(Image.open(path).convert("L")).std() > 10, path
     works(folder / "visual.py", "--export", tmp_path / "x.npz", "--n", 5, "--steps", 2)
