@@ -118,9 +118,8 @@ def strip(title, frames):
 
 
 def animate(frames, path, fps):
-    """A GIF: the scenes of a frame side by side, in rows of at most four."""
-    rows = max(len(frames[0]) // 4, 1)
-    figure, axes = plt.subplots(rows, min(len(frames[0]), 4), figsize=(7.2, 4))
+    """A GIF: the scenes of a frame, two a row."""
+    figure, axes = plt.subplots(len(frames[0]) // 2, 2, figsize=(4.2, 1.1 * len(frames[0])))
     writer = PillowWriter(fps=fps)
     with writer.saving(figure, path, dpi=100):
         for frame in frames + fps * frames[-1:]:  # the last one stays for a second
@@ -164,7 +163,7 @@ def denoising(model, _):
              for name, plans in (("x_t", x_t), ("x0_hat", x0_hat))] for t, x_t, x0_hat in walk]
 
 
-def driving(model, regression, n=4, every=4):
+def driving(model, regression, n=2, every=4):
     """The n most divided starts: scenes of the diffusion policy, then of the regression."""
     start = divided(model, n)
     films = []
@@ -201,7 +200,7 @@ def fan(model, regression, k=30):
 
 def film(model, regression):
     """A filmstrip of the closed loop: the diffusion policy above the regression."""
-    return strip("The plans and the best coverage so far", driving(model, regression, 1, 20)[:8])
+    return strip("The plans and the best coverage so far", driving(model, regression, 1, 20)[:5])
 
 
 def bars(runs):

@@ -4,8 +4,7 @@
 
 --mnist and --cifar10 say where the real images are, as --data of the scripts does. --runs holds
 the experiments of the page, each a run of `python MNIST/main.py --steps 1000` with one change:
-unchanged, linear, x0, eps, and lr0.1 and lr1 with 600 steps. chain.svg and unet.svg are drawn by
-hand.
+v, linear, flow, x0, eps, and lr1 with 600 steps. chain.svg and unet.svg are drawn by hand.
 """
 import argparse
 import importlib
@@ -20,8 +19,9 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
+SHARES = {"v": 91, "linear": 90, "flow": 88, "x0": 92, "eps": 38, "eps, no clamp": 10}
 PICS = Path(__file__).resolve().parent
-SHOWN = {"MNIST": ("grid", "reverse", "forward", "guidance", "neighbours", "loss"),
+SHOWN = {"MNIST": ("grid", "reverse", "forward", "guidance", "neighbours", "complete", "loss"),
          "CIFAR10": ("grid", "reverse"), "PUSHT": ("fan", "drive")}
 
 
@@ -39,8 +39,8 @@ def model_of(visual, data, path=None, **changes):
     """A Model with the settings that visual.py has by default, but for the changes."""
     settings = dict(device="cpu", label=None, steps=visual.SAMPLE_STEPS, eta=visual.ETA,
                     guidance=visual.GUIDANCE, seed=0, data=data)
-    path = path or visual.HERE / "pretrained.pt"
-    return visual.Model(path, SimpleNamespace(**settings | changes))
+    settings.update(changes)
+    return visual.Model(path or visual.HERE / "pretrained.pt", SimpleNamespace(**settings))
 
 
 def save(figure, name):
@@ -70,24 +70,58 @@ def sculptor(model):
     return figure
 
 
+def pixel(main, paths=30):
+    """The world of two images of one pixel: `sample`, with the exact guess as its net."""
+    T = main.T
+    alpha_bar = main.noise_schedule("cosine", T)
+
+    def guess(x_t, t, y=None):
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        return torch.tanh(a.sqrt() * x_t / (1 - a))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+    x = torch.linspace(-3, 3, 301, dtype=torch.float64)
+    levels = torch.arange(1, T + 1)
+    grid = guess(x.repeat(T, 1)[:, None, None], levels)[:, 0, 0]         # (T, 301)
+    for axis, eta in zip(axes, (1.0, 0.0)):
+        generator = torch.Generator().manual_seed(2)
+        x_T = torch.randn(paths, 1, 1, 1, generator=generator, dtype=torch.float64)
+        frames = list(main.sample(guess, x_T, torch.zeros(paths), alpha_bar, "x0", T, eta, 0.0,
+                                  generator=generator))
+        t = [t for t, _, _ in frames]
+        x_t = torch.stack([x_t.flatten() for _, x_t, _ in frames])
+        axis.imshow(grid.T, extent=(1, T, -3, 3), aspect="auto", origin="lower", cmap="gray",
+                    vmin=-1.6, vmax=1.6)
+        for path in x_t.T:
+            axis.plot(t, path, lw=0.8, color="tab:orange" if path[-1] > 0 else "tab:blue")
+        axis.set(xlim=(T, 0), ylim=(-3, 3), xlabel="t", yticks=(-1, 0, 1),
+                 title="fresh noise in each step, eta = 1" if eta else "no fresh noise, eta = 0")
+    axes[0].set_ylabel("x_t")
+    return figure
+
+
 def experiments(visual, data, runs):
     """Two strips of digits: what the experiments of the page give, and what goes wrong."""
     def digits(name, **changes):
         model = model_of(visual, data, runs / name / "checkpoint.pt", **changes)
         return model, model.images(model.labels(10))
-    rows = {name: digits(name)[1] for name in ("unchanged", "linear", "x0", "eps")}
-    main, code = sys.modules["main"], (visual.HERE / "main.py").read_text()
-    exec(code.replace(".clamp(-1, 1)", ""), bare := {**vars(main), "__name__": "bare"})
-    clamped, visual.sample = visual.sample, bare["sample"]
+    rows = {name: digits(name)[1] for name in ("v", "linear", "flow", "x0", "eps")}
+    main = sys.modules["main"]
+    code = (visual.HERE / "main.py").read_text()
+    assert code.count(", target).clamp(-1, 1)") == 1
+    bare = {**vars(main), "__name__": "bare"}
+    exec(code.replace(", target).clamp(-1, 1)", ", target)"), bare)
+    clamped = visual.sample
+    visual.sample = bare["sample"]
     rows["eps, no clamp"] = digits("eps")[1].nan_to_num()
     visual.sample = clamped
-    wrong = {f"--lr {rate}": digits(f"lr{rate}")[1] for rate in ("0.1", "1")}
-    wrong["--guidance 100"] = digits("unchanged", guidance=100)[1]
+    wrong = {"--lr 1": digits("lr1")[1], "--guidance 100": digits("v", guidance=100)[1]}
     model, _ = digits("eps")
     model.target = "v"                                  # but it was trained with eps
-    wrong["other target"] = model.images(model.labels(10))
+    wrong["eps read as v"] = model.images(model.labels(10))
+    titles = {name: f"{name}: {SHARES[name]} %" for name in rows}
     for name, strips in (("targets", rows), ("wrong", wrong)):
-        figure = visual.tiled(model, "", torch.cat([*strips.values()]), [*strips])
+        figure = visual.tiled(model, "", torch.cat([*strips.values()]),
+                              [titles.get(row, row) for row in strips])
         figure.supxlabel("")
         save(figure, f"mnist-{name}.png")
 
@@ -135,22 +169,24 @@ def main():
     parser.add_argument("--runs", type=Path, help="folder of the experiments")
     args = parser.parse_args()
     models = []
-    for folder, data in (("MNIST", args.mnist), ("CIFAR10", args.cifar10)):
+    # the seed: CIFAR-10's first horse is one, its first car is not
+    for folder, data, seed in (("MNIST", args.mnist, 0), ("CIFAR10", args.cifar10, 0)):
         visual = visual_of(folder)
-        models.append(model_of(visual, data))
+        models.append(model_of(visual, data, seed=seed))
         for name in SHOWN[folder]:
             save(visual.FIGURES[name](models[-1]), f"{folder.lower()}-{name}.png")
         if folder == "MNIST":
             save(sculptor(models[0]), "sculptor.png")
+            save(pixel(sys.modules["main"]), "pixel.png")
             if args.runs:
                 experiments(visual, data, args.runs)
     visual = visual_of("PUSHT")
-    settings = dict(device="cpu", steps=visual.SAMPLE_STEPS, eta=visual.ETA, seed=0, starts=200,
-                    driven=visual.DRIVEN)
-    policy, regression, finer = (
-        visual.Model(visual.HERE / name, SimpleNamespace(**settings | changes))
-        for name, changes in (("pretrained.pt", {}), ("regression.pt", {}),
-                              ("pretrained.pt", {"steps": 20})))
+    settings = SimpleNamespace(device="cpu", steps=visual.SAMPLE_STEPS, eta=visual.ETA, seed=0,
+                               starts=200, driven=visual.DRIVEN)
+    policy = visual.Model(visual.HERE / "pretrained.pt", settings)
+    regression = visual.Model(visual.HERE / "regression.pt", settings)
+    settings.steps = 20
+    finer = visual.Model(visual.HERE / "pretrained.pt", settings)
     for name in SHOWN["PUSHT"]:
         save(visual.FIGURES[name](policy, regression), f"pusht-{name}.png")
     for name, (frames, fps) in visual.GIFS.items():

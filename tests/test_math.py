@@ -41,7 +41,8 @@ def walk(main, net, alpha_bar, **options):
 
 
 def test_schedules_at_both_ends(main):
-    linear, cosine, flow = (main.noise_schedule(name, 1000) for name in ("linear", "cosine", "flow"))
+    names = "linear", "cosine", "flow"
+    linear, cosine, flow = (main.noise_schedule(name, 1000) for name in names)
     assert linear.dtype == cosine.dtype == torch.float64
     assert linear[0] == cosine[0] == 1
     assert linear[1].item() == pytest.approx(0.9999, abs=1e-15)
@@ -147,8 +148,8 @@ def test_more_steps_than_levels_are_all_levels(main):
 
 
 def test_flow_matching_is_ddim_on_another_schedule(main):
-    """x = (1 - s) x_0 + s eps, s = t/T, followed along the net's u by Euler's steps of 1/20, is what
-    eta = 0 draws, where x_t is x divided by sqrt((1 - s)^2 + s^2)."""
+    """x = (1 - s) x_0 + s eps, s = t/T, followed along the net's u by Euler's steps of 1/20, is
+    what eta = 0 draws, where x_t is x divided by sqrt((1 - s)^2 + s^2)."""
     s = torch.arange(1001, dtype=torch.float64) / 1000
     alpha_bar = (1 - s) ** 2 / ((1 - s) ** 2 + s ** 2)
     ours = main.noise_schedule("flow", 1000)
@@ -164,6 +165,26 @@ def test_flow_matching_is_ddim_on_another_schedule(main):
         torch.testing.assert_close(x_t, x / scale, rtol=0, atol=1e-12)
         x = x - net(x / scale, torch.tensor([t]), None) / 20
     torch.testing.assert_close(frames[-1][1], x, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("white", [0.5, 0.8])
+def test_the_world_of_two_images(white):
+    """The page's toy, one pixel that is +1 or -1: with the exact guess as the net every walk ends
+    at an image, each image as often as it occurs, and five DDIM steps are too few."""
+    main = load("MNIST")
+    alpha_bar = main.noise_schedule("cosine", 1000)
+
+    def net(x_t, t, y):
+        a = column(alpha_bar[t])
+        return torch.tanh(a.sqrt() * x_t / (1 - a) + math.log(white / (1 - white)) / 2)
+    for steps, eta in ((1000, 1.0), (1000, 0.0), (20, 0.0), (5, 0.0)):
+        generator = torch.Generator().manual_seed(0)
+        x_T = torch.randn(2000, 1, 1, 1, generator=generator, dtype=torch.float64)
+        *_, (_, x_0, _) = main.sample(net, x_T, x_T, alpha_bar, "x0", steps, eta, 0.0,
+                                      generator=generator)
+        assert (x_0 > 0).double().mean().item() == pytest.approx(white, abs=0.04)
+        off = ((x_0.abs() - 1).abs() > 0.01).double().mean()
+        assert off > 0.05 if steps == 5 else off == 0
 
 
 def test_what_is_known_stays(main):

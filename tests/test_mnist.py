@@ -105,7 +105,8 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(quick, tmp_path):
 def test_a_stop_saves_when_nobody_reads_any_more(quick, tmp_path, kind):
     """`main.py 2>&1 | tee log` and Ctrl-C, or a closed terminal; and the working folder is gone."""
     (tmp_path / "gone").mkdir()
-    process = start(quick, *SMALL, "--steps", 100000, "--out", tmp_path / "a", cwd=tmp_path / "gone")
+    process = start(quick, *SMALL, "--steps", 100000, "--out", tmp_path / "a",
+                    cwd=tmp_path / "gone")
     first_step(process)
     (tmp_path / "gone").rmdir()
     process.stdout.close()
@@ -238,8 +239,8 @@ def test_a_loss_that_is_not_finite_or_a_full_disk_spare_the_checkpoint(quick, tm
 
 
 @pytest.mark.parametrize("args", [
-    "--steps 0", "--minutes nan", "--minutes inf", "--batch-size 0", "--lr -1", "--lr nan", "--data=",
-    "--resume=", "--device abacus", "--out /dev/null/x"])
+    "--steps 0", "--minutes nan", "--minutes inf", "--batch-size 0", "--lr -1", "--lr nan",
+    "--data=", "--resume=", "--device abacus", "--out /dev/null/x"])
 def test_flags_out_of_range(quick, args):
     fails(quick, *SMALL, *args.split())
 
@@ -259,9 +260,9 @@ def test_a_matplotlibrc_changes_no_figure(trained, tmp_path):
 
 
 def test_two_folders_in_one_notebook_are_not_mixed():
-    code = "import runpy, sys; sys.path.insert(0, 'MNIST'); import main; sys.argv = ['visual.py']; " \
-           "runpy.run_path('CIFAR10/visual.py', run_name='__main__')"
-    fails("-c", code, env={}, words=["MNIST", "restart"])
+    code = ["import runpy, sys", "sys.path.insert(0, 'MNIST')", "import main",
+            "runpy.run_path('CIFAR10/visual.py', run_name='__main__')"]
+    fails("-c", "; ".join(code), env={}, words=["MNIST", "restart"])
 
 
 def test_ctrl_c_outside_training_is_one_line(trained):

@@ -70,3 +70,16 @@ def test_the_algorithms_on_the_page_are_those_of_the_code():
         torch.testing.assert_close(names["x_t"], x_0)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_the_transformer_in_the_folder_s_readme_takes_the_unet_s_place():
+    names = vars(load("MNIST")).copy()
+    exec(re.search(r"```python\n(class UNet.*?)```", PAGES[2].read_text(), re.S)[1], names)
+    net = names["UNet"](10, None).eval()
+    x, t, y = torch.randn(2, 1, 28, 28), torch.tensor([10, 900]), torch.tensor([1, 2])
+    assert (net(x, t, y) == 0).all()
+    assert 450_000 < sum(parameter.numel() for parameter in net.parameters()) < 500_000
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    for other in ((x + 1, t, y), (x, t + 50, y), (x, t, y + 1)):
+        assert net(*other).shape == x.shape and (net(*other) - net(x, t, y)).abs().max() > 1e-3
