@@ -94,7 +94,7 @@ def load_folder(root, size):
             image = ImageOps.fit(image.convert("RGB"), (size, size))
             images.append(torchvision.transforms.functional.pil_to_tensor(image))
             names.append(unicodedata.normalize("NFC", path.relative_to(root).parts[0]))
-        except Exception as error:  # damaged or foreign
+        except Exception as error:
             skipped.append(f"{path}: {error}")
     if skipped:
         print(f"{len(skipped)} files skipped, the first is {skipped[0]}")
@@ -139,7 +139,7 @@ def to_target(x_0, t, eps, alpha_bar, target):
 
 
 def to_x0(output, x_t, a, target):
-    """x0_hat from the net's output. a: alpha_bar at t, one number, as in sample all share t."""
+    """x0_hat from the net's output. a: alpha_bar at t, one number: all images share t."""
     return {"x0": output,
             "eps": (x_t - (1 - a) ** 0.5 * output) / a ** 0.5,
             "v": a ** 0.5 * x_t - (1 - a) ** 0.5 * output,
@@ -326,13 +326,12 @@ def draw_samples(net, shape, alpha_bar, path):
 # ---- Training ----
 def train(args, checkpoint, path, device):
     """Algorithm 1 of DDPM; saves to path, and draws grids into samples/ beside it."""
-    # processes: more than one if torchrun started them
     rank = int(os.environ.get("RANK", 0))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = Output(open(os.devnull, "w"))
 
     # data
     images, labels, classes, source = load_data(args.data, args.size)
@@ -347,6 +346,8 @@ def train(args, checkpoint, path, device):
     net = UNet(**config["net"]).to(device)
     if args.init and not checkpoint:
         init, _ = load_checkpoint(args.init)
+        if init["config"]["net"]["channels"] != config["net"]["channels"]:
+            sys.exit(f"error: --init {args.init}: not of --net {args.net}")
         if init["config"]["classes"] != classes:
             init["ema"]["label.weight"] = net.label.weight  # begins at random
         net.load_state_dict(init["ema"])
@@ -366,7 +367,7 @@ def train(args, checkpoint, path, device):
         step = checkpoint["step"]
         seconds = checkpoint["seconds"]
         history = checkpoint["history"]
-        torch.manual_seed(args.seed + rank + step)  # CUDA: new numbers
+        torch.manual_seed(args.seed + rank + step)  # GPU: new numbers
         if rank == 0:
             torch.set_rng_state(checkpoint["rng"])  # CPU: the next numbers
 
@@ -376,12 +377,9 @@ def train(args, checkpoint, path, device):
         tempfile.TemporaryFile(dir=path.parent).close()
     print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
     print(f"step: {args.batch_size} images x {args.accumulate} x {processes} processes")
-
-    # the same net, called faster
-    fast = net
+    fast = net  # the same net, called faster
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        net.to(memory_format=torch.channels_last)
         if args.compile:
             fast = torch.compile(net)
     if processes > 1:
@@ -404,7 +402,7 @@ def train(args, checkpoint, path, device):
             mirrored = torch.rand(B, 1, 1, 1, device=device) < 0.5
             x_0 = torch.where(mirrored, x_0.flip(3), x_0)
         hidden = torch.rand(B, device=device) < LABEL_DROPOUT
-        y = torch.where(hidden, NULL, labels[i])  # guidance's half of training
+        y = torch.where(hidden, NULL, labels[i])  # guidance needs both kinds
         t = torch.randint(1, T + 1, (B,), device=device)
         eps = torch.randn_like(x_0)
         x_t = q_sample(x_0, t, eps, alpha_bar)
@@ -463,7 +461,8 @@ def train(args, checkpoint, path, device):
         bar.update(B * processes)
     bar.close()
     print(f"{step} steps, {seconds:.0f} seconds, loss {mean_loss:.4f}")
-    script, flag = ("main.py", "--resume") if stop.is_set() else ("visual.py", "--checkpoint")
+    stopped = progress(args, step, seconds) < 1
+    script, flag = ("main.py", "--resume") if stopped else ("visual.py", "--checkpoint")
     print(f'next: python "{HERE / script}" {flag} "{path}"')
 
 
@@ -474,8 +473,9 @@ def find_cifar(data):
     kind = torchvision.datasets.CIFAR10
     try:
         return kind(root)
-    except RuntimeError:  # missing or damaged
-        socket.setdefaulttimeout(30)  # seconds that a host may be silent
+    except Exception:  # missing or damaged
+        pass
+    socket.setdefaulttimeout(20)  # seconds that a host may be silent
     for url in MIRRORS:
         if data:
             break
@@ -485,8 +485,8 @@ def find_cifar(data):
                 torchvision.datasets.utils.download_and_extract_archive(
                     url, part, filename=kind.filename, md5=kind.tgz_md5)
                 cifar = kind(part)
-                folder = kind.base_folder
-                shutil.copytree(Path(part, folder), root / folder, dirs_exist_ok=True)
+                os.remove(Path(part, kind.filename))
+                shutil.copytree(part, root, dirs_exist_ok=True)
             return cifar
         except Exception as error:
             print(f"no CIFAR-10 from {url}: {error}")
@@ -558,7 +558,7 @@ def main():
     add("--no-compile", dest="compile", action="store_false", help="no torch.compile on CUDA")
     add("--seed", type=int, default=0, help="[0]")
     add("--data", type=absolute, help="folder of pictures, one sub-folder per class")
-    add("--init", type=absolute, metavar="FILE", help="begin with its net and weights")
+    add("--init", type=absolute, metavar="FILE", help="begin with its weights")
     add("--out", type=absolute, help="a new folder for the run [runs/TIME here]")
     add("--resume", type=absolute, metavar="FILE", help="go on in it, with its settings")
     add("--device", choices=devices, default=devices[0])
@@ -585,7 +585,8 @@ def main():
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if checkpoint and progress(args, checkpoint["step"], checkpoint["seconds"]) == 1:
-        return print(f"nothing left to do: {path} is finished")
+        print(f"nothing left to do: {args.resume} is finished")
+        return
     train(args, checkpoint, path, torch.device(args.device))
 
 

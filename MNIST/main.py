@@ -99,7 +99,7 @@ def to_target(x_0, t, eps, alpha_bar, target):
 
 
 def to_x0(output, x_t, a, target):
-    """x0_hat from the net's output. a: alpha_bar at t, one number, as in sample all share t."""
+    """x0_hat from the net's output. a: alpha_bar at t, one number: all images share t."""
     return {"x0": output,
             "eps": (x_t - (1 - a) ** 0.5 * output) / a ** 0.5,
             "v": a ** 0.5 * x_t - (1 - a) ** 0.5 * output,
@@ -296,7 +296,7 @@ def train(args, checkpoint, path, device):
         step = checkpoint["step"]
         seconds = checkpoint["seconds"]
         history = checkpoint["history"]
-        torch.manual_seed(args.seed + step)  # CUDA: new numbers
+        torch.manual_seed(args.seed + step)  # GPU: new numbers
         torch.set_rng_state(checkpoint["rng"])  # CPU: the next numbers
 
     # the run's folder, refused now if it can't be written
@@ -318,7 +318,7 @@ def train(args, checkpoint, path, device):
         i = torch.randint(len(images), (B,), device=device)
         x_0 = images[i].float() / 127.5 - 1
         hidden = torch.rand(B, device=device) < LABEL_DROPOUT
-        y = torch.where(hidden, NULL, labels[i])  # guidance's half of training
+        y = torch.where(hidden, NULL, labels[i])  # guidance needs both kinds
         t = torch.randint(1, T + 1, (B,), device=device)
         eps = torch.randn_like(x_0)
         x_t = q_sample(x_0, t, eps, alpha_bar)
@@ -370,7 +370,8 @@ def train(args, checkpoint, path, device):
         bar.update(B)
     bar.close()
     print(f"{step} steps, {seconds:.0f} seconds, loss {mean_loss:.4f}")
-    script, flag = ("main.py", "--resume") if stop.is_set() else ("visual.py", "--checkpoint")
+    stopped = progress(args, step, seconds) < 1
+    script, flag = ("main.py", "--resume") if stopped else ("visual.py", "--checkpoint")
     print(f'next: python "{HERE / script}" {flag} "{path}"')
 
 
@@ -388,7 +389,8 @@ def find_mnist(data):
     try:
         with tempfile.TemporaryDirectory() as part:
             mnist = torchvision.datasets.MNIST(part, download=True)
-            shutil.copytree(part, root, dirs_exist_ok=True)
+            if os.access(HERE, os.W_OK):  # a read-only clone does without
+                shutil.copytree(part, root, dirs_exist_ok=True)
         return mnist
     except Exception as error:
         print(f"no MNIST ({error}): training on the 5,000 embedded digits instead")
@@ -479,7 +481,8 @@ def main():
     if not all(0 < x < math.inf for x in (args.length, args.batch_size, args.lr)):
         parser.error("--minutes, --steps, --batch-size and --lr must be above 0 and finite")
     if checkpoint and progress(args, checkpoint["step"], checkpoint["seconds"]) == 1:
-        return print(f"nothing left to do: {path} is finished")
+        print(f"nothing left to do: {args.resume} is finished")
+        return
     train(args, checkpoint, path, torch.device(args.device))
 
 

@@ -63,7 +63,7 @@ class Model:
         return torch.arange(n) % len(self.classes)
 
     def generators(self):
-        """By --seed: one for x_T, on the CPU, one for the sampler's fresh noise."""
+        """By --seed: of x_T, on the CPU, and of the sampler's fresh noise."""
         later = torch.Generator(self.device).manual_seed(self.seed + 1)
         return torch.Generator().manual_seed(self.seed), later
 
@@ -82,9 +82,15 @@ class Model:
             pass  # the last one is x_0
         return x_0
 
+    def load(self):
+        images, labels, classes, _ = load_data(self.data)
+        if classes != self.classes:
+            sys.exit(f"error: the data have other classes: {', '.join(classes)}")
+        return images, labels
+
     def real(self, y):
         """Real images (B, C, H, W) in [-1, 1] of the classes y (B,)."""
-        images, labels, *_ = load_data(self.data)
+        images, labels = self.load()
         found = []
         for k, name in enumerate(y):
             of_class = images[labels == name]
@@ -135,28 +141,29 @@ def reverse(model):
 
 
 def animate(model, path):
-    """The same as a GIF: x_t on the left, x0_hat on the right, one row per class."""
+    """The same as a GIF: x_t on the left, x0_hat on the right."""
     y = model.labels(10).repeat_interleave(5)
     rows = [model.classes[name] for name in y[::5]]
     figure, axes = plt.subplots(1, 2, figsize=(6, 6))
     level = figure.suptitle("", fontsize=10)
     writer = PillowWriter(fps=8)
-    with writer.saving(figure, path, dpi=90):
-        for t, *pair in model.walk(y):
-            for axis, images, title in zip(axes, pair, ("x_t", "x0_hat, the net's guess")):
-                axis.clear()
-                draw(axis, images, rows, [])
-                axis.set_title(title, fontsize=10)
-            level.set_text(f"t = {t}")
-            writer.grab_frame()
-            figure.set_layout_engine("none")  # keep the first layout: fast
-        for _ in range(12):  # the last one stays for a while
-            writer.grab_frame()
+    writer.setup(figure, path, dpi=90)
+    for t, *pair in model.walk(y):
+        for axis, images, title in zip(axes, pair, ("x_t", "x0_hat, the net's guess")):
+            axis.clear()
+            draw(axis, images, rows, [])
+            axis.set_title(title, fontsize=10)
+        level.set_text(f"t = {t}")
+        writer.grab_frame()
+        figure.set_layout_engine("none")  # keep the first: fast
+    for _ in range(12):  # the last one stays for a while
+        writer.grab_frame()
+    writer.finish()
     plt.close(figure)
 
 
 def forward(model):
-    """Real images drowning in noise under each schedule, and how much of them is left."""
+    """Real images in more and more noise, under each schedule."""
     T = len(model.alpha_bar) - 1
     levels = [round(T * i / 9) for i in range(10)]
     own = model.checkpoint["config"]["schedule"]
@@ -193,7 +200,7 @@ def steps(model):
 
 
 def guidance(model):
-    """The same noise under more and more guidance: clearer, and less varied."""
+    """The same noise under more and more guidance."""
     weights = (0, 0.5, 1, 2, 4, 8)
     tiles = torch.cat([model.images(model.labels(10), guidance=w) for w in weights])
     return tiled(model, "The same noise, more guidance", tiles, [f"w = {w:g}" for w in weights],
@@ -201,7 +208,7 @@ def guidance(model):
 
 
 def complete(model):
-    """Real images, their upper halves, and four lower halves that fit: `known` of sample."""
+    """Real images, their upper halves, and four lower halves that fit."""
     y = model.labels(10)
     x_0 = model.real(y)
     mask = torch.zeros_like(x_0, dtype=torch.bool)
@@ -215,7 +222,7 @@ def complete(model):
 
 def neighbours(model):
     """Is it copying? Generated images above the training images nearest to them, pixel by pixel."""
-    images, *_ = load_data(model.data)
+    images, _ = model.load()
     made = model.images(model.labels(10))
     distance = torch.cat([torch.cdist(made.flatten(1), part.flatten(1).float() / 127.5 - 1)
                           for part in images.split(5000)], dim=1)  # (10, N)
@@ -227,8 +234,8 @@ def neighbours(model):
 
 @torch.no_grad()
 def loss(model):
-    """Why the curve looks flat: most of the loss is made where nobody could predict better."""
-    images, labels, *_ = load_data(model.data)
+    """Why the curve looks flat: each level has a floor, below which no net can predict."""
+    images, labels = model.load()
     alpha_bar = model.alpha_bar.float()
     T = len(alpha_bar) - 1
     bins = min(20, T)

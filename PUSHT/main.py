@@ -40,12 +40,12 @@ LOG_EVERY = 100         # steps between two points of the loss curve
 SAVE_SECONDS = 30       # between two checkpoints
 
 HERE = Path(__file__).resolve().parent
-REACH = 5.0             # a plan's 1 in the world's units
-SIGHT = 4.0             # and that of y
+REACH = 5.0             # world units that a 1 in a plan stands for
+SIGHT = 4.0             # and in y
 WAVES = 5               # sines and cosines of each number of y
 
 
-# ---- Data: an expert's commands, 16 in a row, and what it saw before ----
+# ---- Data: 16 commands of an expert in a row, and what it saw ----
 def load_data(episodes):
     """Plans float32 (N, 2, 1, 16), observations float32 (N, 8), a line that describes them.
 
@@ -110,7 +110,7 @@ def to_target(x_0, t, eps, alpha_bar, target):
 
 
 def to_x0(output, x_t, a, target):
-    """x0_hat from the net's output. a: alpha_bar at t, one number, as in sample all share t."""
+    """x0_hat from the net's output. a: alpha_bar at t, one number: all images share t."""
     return {"x0": output,
             "eps": (x_t - (1 - a) ** 0.5 * output) / a ** 0.5,
             "v": a ** 0.5 * x_t - (1 - a) ** 0.5 * output,
@@ -277,7 +277,7 @@ def drive(net, pose, disc, alpha_bar, target=TARGET, driven=DRIVEN, generator=No
     device = alpha_bar.device
     before = disc
     for k in range(world.STEPS):
-        if k % driven == 0:  # what is left of the old one goes
+        if k % driven == 0:
             x_T = torch.randn(len(pose), 2, 1, HORIZON, generator=generator).to(device)
             y = observe(pose, disc, before).to(device)
             for _, x_0, _ in sample(net, x_T, y, alpha_bar, target, **options):
@@ -304,7 +304,7 @@ def train(args, checkpoint, path, device):
 
     # net, average, optimizer
     torch.manual_seed(args.seed)
-    config = dict(T=T, schedule=SCHEDULE, target=TARGET, horizon=HORIZON, reach=REACH,
+    config = dict(T=T, schedule=SCHEDULE, target=TARGET, horizon=HORIZON, reach=REACH, sight=SIGHT,
                   episodes=args.episodes, regression=args.regression,
                   net=dict(channels=CHANNELS, coordinates=2, observations=8))
     alpha_bar = noise_schedule(SCHEDULE, T).float().to(device)
@@ -325,7 +325,7 @@ def train(args, checkpoint, path, device):
         step = checkpoint["step"]
         seconds = checkpoint["seconds"]
         history = checkpoint["history"]
-        torch.manual_seed(args.seed + step)  # CUDA: new numbers
+        torch.manual_seed(args.seed + step)  # GPU: new numbers
         torch.set_rng_state(checkpoint["rng"])  # CPU: the next numbers
 
     # the run's folder, refused now if it can't be written
@@ -393,21 +393,22 @@ def train(args, checkpoint, path, device):
                 model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
         bar.update(B)
     bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ends at once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"{step} steps, {seconds:.0f} seconds, loss {mean_loss:.4f}")
-    if not stop.is_set():
+    stopped = progress(args, step, seconds) < 1
+    if not stopped:
         start = world.starts(200, torch.Generator().manual_seed(1))  # the demonstrations' is 0
         steps = 1 if args.regression else SAMPLE_STEPS
         best = best_coverage(drive(ema, *start, alpha_bar, steps=steps))
         shares = ", ".join(f"{(best >= c).float().mean():.1%} reach {c:.2f}" for c in (0.9, 0.95))
         print(f"200 unseen starts, coverage is the share of the goal under the block: {shares}")
-    script, flag = ("main.py", "--resume") if stop.is_set() else ("visual.py", "--checkpoint")
+    script, flag = ("main.py", "--resume") if stopped else ("visual.py", "--checkpoint")
     print(f'next: python "{HERE / script}" {flag} "{path}"')
 
 
 # ---- Files and flags: nothing about diffusion ----
 def find_demonstrations(episodes):
-    """The expert's, kept in data/ with the text of the world.py that made them."""
+    """The expert's episodes, kept in data/ with the world.py that made them."""
     path = HERE / "data" / f"{episodes}.pt"
     text = (HERE / "world.py").read_text()
     try:
@@ -510,7 +511,8 @@ def main():
     if HORIZON % 2 ** (len(CHANNELS) - 1) or not 1 <= DRIVEN <= HORIZON:
         parser.error("HORIZON: a multiple of 4, DRIVEN: at most HORIZON")
     if checkpoint and progress(args, checkpoint["step"], checkpoint["seconds"]) == 1:
-        return print(f"nothing left to do: {path} is finished")
+        print(f"nothing left to do: {args.resume} is finished")
+        return
     train(args, checkpoint, path, torch.device(args.device))
 
 

@@ -26,8 +26,8 @@ from main import HERE
 
 if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
     sys.exit(f"error: the main.py of {HERE} is loaded: restart the kernel")
-from main import (DRIVEN, ETA, HORIZON, REACH, SAMPLE_STEPS, absolute, best_coverage, drive,
-                  load_checkpoint, load_data, noise_schedule, observe, run, sample, to_path)
+from main import (DRIVEN, ETA, HORIZON, REACH, SAMPLE_STEPS, SIGHT, absolute, best_coverage,
+                  drive, load_checkpoint, load_data, noise_schedule, observe, run, sample, to_path)
 
 BLUE = "tab:blue"
 ORANGE = "tab:orange"
@@ -46,9 +46,10 @@ class Model:
     def __init__(self, path, args):
         self.checkpoint, self.net = load_checkpoint(path, args.device)
         self.config = self.checkpoint["config"]
-        for name, here in (("horizon", HORIZON), ("reach", REACH)):
-            if self.config[name] != here:
-                sys.exit(f"error: {path} has {name} {self.config[name]}, main.py {here}")
+        for name, here in (("horizon", HORIZON), ("reach", REACH), ("sight", SIGHT)):
+            there = self.config.get(name, here)
+            if there != here:
+                sys.exit(f"error: {path} has {name} {there}, main.py {here}")
         alpha_bar = noise_schedule(self.config["schedule"], self.config["T"])
         self.alpha_bar = alpha_bar.float().to(args.device)
         self.target = self.config["target"]
@@ -57,7 +58,7 @@ class Model:
             self.options["steps"] = 1
         self.seed = args.seed
         self.device = args.device
-        self.n = args.starts
+        self.episodes = args.starts
         self.driven = args.driven
 
     def starts(self, n):
@@ -78,6 +79,7 @@ class Model:
 
     def drive(self, pose, disc, **changes):
         """main.drive with the noise of --seed."""
+        torch.manual_seed(self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         options = {"driven": self.driven} | self.options | changes
         return drive(self.net, pose, disc, self.alpha_bar, self.target, generator=generator,
@@ -121,13 +123,14 @@ def animate(frames, path, fps):
     """A GIF: the scenes of a frame, two a row."""
     figure, axes = plt.subplots(len(frames[0]) // 2, 2, figsize=(4.2, 1.1 * len(frames[0])))
     writer = PillowWriter(fps=fps)
-    with writer.saving(figure, path, dpi=100):
-        for frame in frames + fps * frames[-1:]:  # the last one stays for a second
-            for axis, what in zip(axes.flat, frame):
-                axis.clear()
-                scene(axis, *what)
-            writer.grab_frame()
-            figure.set_layout_engine("none")  # keep the first frame's layout: twice as fast
+    writer.setup(figure, path, dpi=100)
+    for frame in frames + fps * frames[-1:]:  # the last one stays for a second
+        for axis, what in zip(axes.flat, frame):
+            axis.clear()
+            scene(axis, *what)
+        writer.grab_frame()
+        figure.set_layout_engine("none")  # keep the first frame's layout: twice as fast
+    writer.finish()
     plt.close(figure)
 
 
@@ -168,20 +171,21 @@ def driving(model, regression, n=2, every=4):
     start = divided(model, n)
     films = []
     for policy, name, colour in ((model, "diffusion", BLUE), (regression, "regression", RED)):
-        film = []
+        scenes = []
         best = torch.zeros(n)
         for k, (pose, disc, plan) in enumerate(policy.drive(*start)):
             best = torch.maximum(best, world.coverage(pose))
-            film.append([(pose[i], disc[i], f"{name}, step {k}: {best[i]:.0%}", plan[i:i + 1],
-                          [colour]) for i in range(n)])
-        films.append(film)
+            scenes.append([(pose[i], disc[i], f"{name}, step {k}: {best[i]:.0%}", plan[i:i + 1],
+                            [colour]) for i in range(n)])
+        films.append(scenes)
     return [above + below for above, below in zip(*films)][::every]
 
 
 def reverse(model, regression):
     """From noise to motion: x_t, and below it the guess x0_hat."""
     frames = denoising(model, regression)
-    shown = frames[:-1:max(len(frames) // 5, 1)] + frames[-1:]
+    every = max(len(frames) // 5, 1)
+    shown = frames[:-1:every] + frames[-1:]
     return strip("The reverse process: 16 plans from one start", shown)
 
 
@@ -226,7 +230,7 @@ def bars(runs):
 
 def success(model, regression):
     """How often each policy brings the block to the goal."""
-    start = model.starts(model.n)
+    start = model.starts(model.episodes)
     plans, seen, _ = load_data(model.config["episodes"])
     torch.manual_seed(model.seed)
 
@@ -252,7 +256,7 @@ def success(model, regression):
 
 def steps(model, _):
     """Success against the number of sampling steps a plan."""
-    start = model.starts(model.n)
+    start = model.starts(model.episodes)
     return bars({f"{n} steps": model.drive(*start, steps=n) for n in (1, 2, 5, 10, 20)})
 
 
@@ -294,7 +298,10 @@ def newest(regression):
     """The newest run of that kind, as its checkpoint says, else the shipped one."""
     runs = (HERE / "runs").glob("*/checkpoint.pt")
     for path in sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True):
-        checkpoint, _ = load_checkpoint(path)
+        try:
+            checkpoint, _ = load_checkpoint(path)
+        except SystemExit:  # damaged, or of another net: left out
+            continue
         if checkpoint["config"]["regression"] == regression:
             return path
     return HERE / ("regression.pt" if regression else "pretrained.pt")

@@ -97,7 +97,7 @@ def coverage(pose):
 
 
 def starts(n, generator):
-    """n random beginnings: the block up to 3 units from the goal, the disc 3.2 to 4.5 from it."""
+    """n random beginnings: the block up to 3 units from the goal, the disc 3.2 to 4.5 from that."""
     u = torch.rand(n, 5, generator=generator)
     angle = 2 * math.pi * u[:, :3]
     ways = torch.stack([angle.cos(), angle.sin()], dim=-1)  # (n, 3, 2)
@@ -237,8 +237,9 @@ class Expert:
 def demonstrations(n, seed=0):
     """n episodes: poses (n, S, 3), discs (n, S, 2), the expert's commands (n, S, 2), ends (n,).
 
-    The disc is pushed aside by a noise that lasts a few steps, up to 0.2 units, and what is
-    recorded is the expert's answer (DART, arXiv:1703.09327): so the data show how to recover.
+    The disc is pushed aside by a noise that lasts a few steps, with a standard deviation of up to
+    0.2 units, and what is recorded is the expert's answer (DART, arXiv:1703.09327): so the data
+    show how to recover.
     ends: how many of the S steps count.
     """
     generator = torch.Generator().manual_seed(seed)
