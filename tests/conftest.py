@@ -9,11 +9,11 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch; two that wait for a third are slow
 import pytest
 import torch
 from loading import ROOT, load
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # two threads that wait for a third are slow
 FOLDERS = [path.parent.name for path in sorted(ROOT.glob("*/main.py"))]
 FIGURES = ["reverse.png", "reverse.gif", "forward.png", "grid.png", "steps.png", "guidance.png",
            "neighbours.png", "complete.png", "loss.png"]
