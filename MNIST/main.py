@@ -412,7 +412,7 @@ def catch_signals():
         print("\nstopping after this step; Ctrl-C again to stop at once")
 
     for kind in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(kind) != signal.SIG_IGN:  # nohup has it ignored
+        if kind == signal.SIGINT or signal.getsignal(kind) != signal.SIG_IGN:  # nohup
             signal.signal(kind, handler)
     return stop
 
