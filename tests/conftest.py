@@ -56,8 +56,9 @@ def quick(tmp_path_factory):
 def start(*args, env=(), **options):
     """A script with its arguments, running, as on a machine that does not set PYTHONUNBUFFERED."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:   # these tests, under nohup
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for kind in (signal.SIGINT, signal.SIGHUP):     # ignored if the tests run in the background
+        if signal.getsignal(kind) == signal.SIG_IGN:
+            signal.signal(kind, signal.SIG_DFL)
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen([sys.executable, *map(str, args)], text=True, env=clean | dict(env),
                             errors="replace", **options)
