@@ -136,7 +136,7 @@ def cifar(tmp_path, monkeypatch):
                         ("test_list", [[name, sums[name]] for name, _ in kind.test_list]),
                         ("meta", kind.meta | {"md5": sums["batches.meta"]}), ("tgz_md5", md5)):
         monkeypatch.setattr(kind, name, value)
-    wait = main.socket.setdefaulttimeout                # patience: a second, not thirty
+    wait = main.socket.setdefaulttimeout                # less patience than twenty seconds
     monkeypatch.setattr(main.socket, "setdefaulttimeout", lambda seconds: wait(seconds / 30))
     monkeypatch.setattr(main, "HERE", tmp_path)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
