@@ -81,7 +81,7 @@ def run(script, *args, **options):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
-    for name in ("main", "world"):
+    for name in ("main", "visual", "world", "sound"):
         sys.modules.pop(name, None)
     for kind, handler in handlers.items():
         signal.signal(kind, handler)

@@ -1,7 +1,7 @@
 """How good are generated images? A small classifier, trained here on real ones, judges them.
 
     python MNIST/visual.py --export digits.npz --n 2000
-    python tests/judge.py digits.npz        a few minutes on two CPU cores; pictures.npz likewise
+    python tests/judge.py digits.npz        a few minutes on two CPU cores; likewise the others
 
 Prints the share that it recognises as the class asked for, and the Frechet distance of its 64
 features to those of unseen real images (Heusel et al. 2017, arXiv:1706.08500, with our features: no
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from tqdm import trange
 
 
-def train(images, labels, epochs=4, batch=128):
+def train(images, labels, epochs, batch=128):
     """(features, classifier): two modules, trained on images uint8 (N, C, H, W), labels (N,)."""
     torch.manual_seed(0)
     layers = []
@@ -63,17 +63,20 @@ def main():
     args = parser.parse_args()
     made = np.load(args.file)
     pixels, wanted = torch.from_numpy(made["images"]), torch.from_numpy(made["labels"])
-    colour = pixels.ndim == 4
-    pixels = pixels.permute(0, 3, 1, 2) if colour else pixels[:, None]
-    images, labels, *_ = load("CIFAR10" if colour else "MNIST").load_data(args.data)
-    if colour:                  # every tenth training picture: the net saw it, the judge has not
-        test = torch.arange(len(images)) % 10 == 0
-        unseen, unseen_labels = images[test], labels[test]
-        images, labels = images[~test], labels[~test]
-    else:
+    folder = {28: "MNIST", 32: "CIFAR10", 64: "DRUMS"}[pixels.shape[1]]
+    pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
+    images, labels, *_ = load(folder).load_data(args.data)
+    if folder == "MNIST":
         test = torchvision.datasets.MNIST(args.data or ROOT / "MNIST/data", train=False)
         unseen, unseen_labels = test.data[:, None], test.targets
-    judge = train(images, labels)
+    else:                       # what the net saw, but the judge has not
+        test = torch.arange(len(images)) % 10 == 0
+        if folder == "DRUMS":   # some hits, five in a row, as neighbours are alike; all variations
+            hits = len([*(ROOT / "DRUMS/hits").glob("*/*.wav")])
+            test = torch.arange(len(images)) % hits // 5 % 5 == 0
+        unseen, unseen_labels = images[test], labels[test]
+        images, labels = images[~test], labels[~test]
+    judge = train(images, labels, epochs=15 if folder == "DRUMS" else 4)
     reference, real = look(judge, unseen, unseen_labels)
     features, share = look(judge, pixels, wanted)
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:len(pixels)]

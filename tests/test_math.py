@@ -225,6 +225,7 @@ def test_guidance_is_one_plus_w_of_y_minus_w_of_null(folder, monkeypatch):
 def test_unet_starts_at_zero_and_listens_to_x_t_and_y(main):
     torch.manual_seed(0)
     net = {"MNIST": lambda: main.UNet(10, (8, 16, 16)),
+           "DRUMS": lambda: main.UNet(5, (8, 16, 16)),
            "CIFAR10": lambda: main.UNet(10, (8, 16), 1, 0.0),
            "PUSHT": lambda: main.UNet((8, 16, 16), 2, 8)}[main.HERE.name]().eval()
     x, t, labels = torch.randn(2, net.stem.in_channels, 28, 28), *torch.tensor([[10, 900], [1, 2]])
@@ -244,11 +245,16 @@ TWINS = {
     ("MNIST/main.py", "CIFAR10/main.py"): """noise_schedule q_sample to_target to_x0 group_norm
         zero_init Attention Block autocast sample draw_samples progress catch_signals
         save_checkpoint load_checkpoint absolute Output run""",
+    ("MNIST/main.py", "DRUMS/main.py"): """noise_schedule q_sample to_target to_x0 group_norm
+        zero_init Attention Block autocast sample draw_samples train progress catch_signals
+        save_checkpoint load_checkpoint absolute Output run""",
     ("MNIST/main.py", "PUSHT/main.py"): """noise_schedule q_sample to_target to_x0 group_norm
         zero_init Attention autocast progress catch_signals save_checkpoint load_checkpoint
         absolute Output run""",
     ("MNIST/visual.py", "CIFAR10/visual.py"): """tiled draw reverse animate forward grid steps
-        guidance complete export"""}
+        guidance complete export""",
+    ("MNIST/visual.py", "DRUMS/visual.py"): """tiled draw reverse animate grid steps guidance loss
+        export"""}
 
 
 @pytest.mark.parametrize("pair", TWINS, ids=" ".join)

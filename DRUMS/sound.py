@@ -1,0 +1,156 @@
+"""Sounds as pictures and back: short-time Fourier transform, mel bands, Griffin-Lim.
+
+A sound is float32 (L,) or (N, L) in [-1, 1], at 16,000 numbers a second. Its picture is a
+spectrogram, uint8 (N, 1, 64, 64): a column every 16 ms, the low bands at the bottom, and black for
+80 dB below a tone of amplitude 1. A picture knows how loud each band is, not the phase: `to_sound`
+has to find one.
+"""
+import glob
+import math
+import sys
+import unicodedata
+import wave
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+RATE = 16_000           # numbers a second
+WINDOW = 1024           # of them in a column, 64 ms
+HOP = 256               # from one column to the next
+SIZE = 64               # columns, and bands
+LENGTH = HOP * (SIZE - 1)   # of the sound of a picture, one second
+DECIBELS = 80           # from black to white
+FULL = (WINDOW / 4) ** 2    # power of a tone of amplitude 1, white
+LEAD = WINDOW // 2      # silence before a hit, so that the first column is black
+
+
+# ---- Sound to picture, and back ----
+def mel_bank():
+    """How much of each frequency f a band takes: triangles (64, 513), evenly spaced in
+    mel = 2595 log10(1 + f / 700), as the ear tells tones apart (O'Shaughnessy 1987).
+    """
+    top = 2595 * math.log10(1 + RATE / 2 / 700)
+    corners = 700 * (10 ** (torch.linspace(0, top, SIZE + 2) / 2595) - 1)  # Hz
+    frequency = torch.linspace(0, RATE / 2, WINDOW // 2 + 1)
+    left, middle, right = (corners[i:i + SIZE, None] for i in range(3))
+    rising = (frequency - left) / (middle - left)
+    falling = (right - frequency) / (right - middle)
+    return torch.minimum(rising, falling).clamp(min=0)
+
+
+def stft(sound):
+    """Complex (N, 513, columns) of sounds (N, L)."""
+    return torch.stft(sound, WINDOW, HOP, window=torch.hann_window(WINDOW), pad_mode="constant",
+                      return_complex=True)
+
+
+def to_picture(sounds):
+    """Pictures uint8 (N, 1, 64, 64) of the first second of each of N sounds (L,)."""
+    sound = torch.stack([F.pad(hit, (0, max(LENGTH - len(hit), 0)))[:LENGTH] for hit in sounds])
+    power = mel_bank() @ stft(sound).abs() ** 2  # (N, 64, 64)
+    level = 10 * torch.log10(power / FULL + 1e-12)  # dB
+    shade = (1 + level / DECIBELS).clamp(0, 1)
+    return (255 * shade.flip(1)).round().to(torch.uint8)[:, None]
+
+
+def to_sound(picture, rounds=60):
+    """A sound (N, L) for each picture, uint8 (N, 1, 64, 64).
+
+    The frequencies of each band by non-negative least squares (Lee & Seung 2001), the phases by
+    fast Griffin-Lim (Perraudin et al. 2013): to and fro between what has the loudness asked for
+    and what is the transform of a sound.
+    """
+    level = DECIBELS * (picture[:, 0].flip(1).float() / 255 - 1)
+    power = FULL * (10 ** (level / 10) - 10 ** (-DECIBELS / 10)).clamp(min=0)  # black is silent
+
+    # bands to frequencies
+    bank = mel_bank()
+    wanted = bank.T @ power
+    fine = wanted.clone()  # (N, 513, columns)
+    for _ in range(rounds):
+        fine = fine * wanted / (bank.T @ (bank @ fine)).clamp(min=1e-9)
+    loudness = fine.sqrt()
+
+    # loudness to sound
+    window = torch.hann_window(WINDOW)
+    guess = loudness + 0j
+    before = torch.zeros_like(guess)
+    for _ in range(rounds):
+        sound = torch.istft(guess, WINDOW, HOP, window=window, length=LENGTH)
+        after = stft(sound)
+        ahead = after + 0.99 * (after - before)
+        guess = loudness * ahead / ahead.abs().clamp(min=1e-9)
+        before = after
+    return torch.istft(guess, WINDOW, HOP, window=window, length=LENGTH)
+
+
+# ---- Variations of a sound ----
+def resample(sound, length):
+    """A sound (L,) stretched to another length: its frequencies above the new limit go."""
+    spectrum = torch.fft.rfft(sound)
+    return torch.fft.irfft(spectrum[:length // 2 + 1], length) * (length / len(sound))
+
+
+def augment(sound, generator):
+    """A hit (L,) played anew: up to 3 semitones higher or lower, shorter, softer, later."""
+    pitch, decay, gain, start = torch.rand(4, generator=generator).tolist()
+    sound = resample(sound, round(len(sound) * 2 ** ((2 * pitch - 1) * 3 / 12)))
+    fall = 12 * decay * torch.arange(len(sound)) / RATE  # dB
+    sound = sound * 10 ** (-(fall + 6 * gain) / 20)
+    return F.pad(sound, (int(HOP / 2 * start), 0))
+
+
+# ---- Files ----
+def read_hits(root):
+    """The hits (L,) in the sub-folders of root, and the sub-folders' names; says what it skips."""
+    hits = []
+    names = []
+    skipped = []
+    found = glob.glob("**", root_dir=root, recursive=True)  # without what is hidden
+    for path in sorted(Path(root, name) for name in found):
+        if not path.is_file():
+            continue
+        try:
+            if path.parent == root:
+                raise ValueError("in no sub-folder")
+            hits.append(read_wav(path))
+            names.append(unicodedata.normalize("NFC", path.relative_to(root).parts[0]))
+        except Exception as error:
+            skipped.append(f"{path}: {error}")
+    if skipped:
+        print(f"{len(skipped)} files skipped, the first is {skipped[0]}")
+    if not hits:
+        sys.exit(f"error: --data {root}: no .wav file in a sub-folder of it")
+    return hits, names
+
+
+def read_wav(path):
+    """The hit in a .wav file, (L,): mono, 16 kHz, its peak 1, from LEAD before its onset on."""
+    with wave.open(str(path)) as file:
+        channels, width, rate, frames = file.getparams()[:4]
+        data = bytearray(file.readframes(min(frames, 10 * rate)))
+    parts = torch.frombuffer(data, dtype=torch.uint8).view(-1, channels, width)
+    if width == 1:
+        parts = parts ^ 128  # 8 bits come without a sign
+    numbers = F.pad(parts, (4 - width, 0)).view(torch.int32)  # (frames, channels, 1)
+    sound = numbers.float().mean(dim=(1, 2))
+    sound = resample(sound, round(len(sound) * RATE / rate))
+    peak = sound.abs().max()
+    if peak == 0:
+        raise ValueError("silence")
+    onset = (sound.abs() > 0.01 * peak).nonzero()[0]
+    return F.pad(sound[onset:] / peak, (LEAD, 0))
+
+
+def write_wav(path, sounds):
+    """Sounds (N, L) one after another, each until it has faded by 40 dB, as 16 bit mono."""
+    track = []
+    for sound in sounds:
+        sound = sound / sound.abs().max().clamp(min=1)
+        loud = (sound.abs() > 0.01).nonzero()
+        end = loud.max() + 1 if len(loud) else 0
+        track += [sound[:end], torch.zeros(RATE // 8)]
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, RATE, 0, "NONE", ""))
+        file.writeframes((32767 * torch.cat(track)).to(torch.int16).numpy().tobytes())

@@ -1,0 +1,334 @@
+"""Watch the diffusion model of main.py at work: the tutorial's figures, drawn from a checkpoint.
+
+    python visual.py                        noise turning into drums: reverse.png, .gif and .wav
+    python visual.py sounds                 a .wav file per class: three training hits, three drawn
+    python visual.py grid steps             other figures by name; "all" draws every one
+    python visual.py --export FILE.npz --n 5000    images and labels as arrays
+
+Takes the newest checkpoint in runs/, else pretrained.pt.
+"""
+import argparse
+import os
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+os.environ.pop("MPLBACKEND", None)  # a notebook sets one that draws into its page only
+if "--show" not in sys.argv:  # files only: no window
+    os.environ["MPLBACKEND"] = "Agg"
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.animation import PillowWriter
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+from main import HERE
+
+if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
+    sys.exit(f"error: the main.py of {HERE} is loaded: restart the kernel")
+from main import (ETA, GUIDANCE, SAMPLE_STEPS, absolute, load_checkpoint, load_data,
+                  noise_schedule, q_sample, run, sample, to_target)
+from sound import DECIBELS, SIZE, to_sound, write_wav
+
+TILE = 0.9              # inches a side of an image
+plt.style.use("default")  # whatever matplotlibrc says
+plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True,
+                     "text.parse_math": False})  # a class may be called $1
+
+
+class Model:
+    """What a figure needs: a checkpoint's net, schedule and classes, and the flags."""
+
+    def __init__(self, path, args):
+        self.checkpoint, self.net = load_checkpoint(path, args.device)
+        config = self.checkpoint["config"]
+        self.target = config["target"]
+        self.classes = config["classes"]
+        self.alpha_bar = noise_schedule(config["schedule"], config["T"])
+        self.shape = (self.net.stem.in_channels, config["size"], config["size"])
+        self.options = {"steps": min(args.steps, config["T"]), "eta": args.eta,
+                        "guidance": args.guidance}
+        self.seed = args.seed
+        self.device = args.device
+        self.data = args.data or self.checkpoint.get("args", {}).get("data")
+        self.label = args.label
+        if self.label and self.label not in self.classes:
+            sys.exit(f"error: --label {self.label}: the classes are {', '.join(self.classes)}")
+
+    def labels(self, n):
+        """n labels, int64 (n,): the classes in rotation, or --label alone."""
+        if self.label:
+            return torch.full((n,), self.classes.index(self.label))
+        return torch.arange(n) % len(self.classes)
+
+    def generators(self):
+        """By --seed: of x_T, on the CPU, and of the sampler's fresh noise."""
+        later = torch.Generator(self.device).manual_seed(self.seed + 1)
+        return torch.Generator().manual_seed(self.seed), later
+
+    def walk(self, y, generators=None, **changes):
+        """main.sample for the classes y (B,): yields (t, x_t, x0_hat) on the CPU."""
+        first, later = generators or self.generators()
+        x_T = torch.randn(len(y), *self.shape, generator=first)
+        options = self.options | changes
+        for t, x_t, x0_hat in sample(self.net, x_T.to(self.device), y.to(self.device),
+                                     self.alpha_bar, self.target, generator=later, **options):
+            yield t, x_t.cpu(), x0_hat.cpu()
+
+    def images(self, y, **changes):
+        """Generated images (B, C, H, W) in [-1, 1] of the classes y (B,)."""
+        for _, x_0, _ in self.walk(y, **changes):
+            pass  # the last one is x_0
+        return x_0
+
+    @cache  # the variations take seconds
+    def load(self):
+        images, labels, classes, _ = load_data(self.data)
+        if classes != self.classes:
+            sys.exit(f"error: the data have other classes: {', '.join(classes)}")
+        return images, labels
+
+    def real(self, y):
+        """Real images (B, C, H, W) in [-1, 1] of the classes y (B,)."""
+        images, labels = self.load()
+        found = []
+        for k, name in enumerate(y):
+            of_class = images[labels == name]
+            found.append(of_class[k % len(of_class)])
+        return torch.stack(found).float() / 127.5 - 1
+
+
+def tiled(model, title, images, rows, columns=None, varied=None):
+    """A figure of images (rows * columns, C, H, W), row by row; the columns are classes, mostly."""
+    caption = ", ".join(f"{k} {v:g}" for k, v in model.options.items() if k != varied)
+    columns = columns or [model.classes[y] for y in model.labels(10)]
+    figure, axis = plt.subplots(figsize=(TILE * len(columns) + 1, TILE * len(rows) + 1))
+    figure.suptitle(title, fontsize=10, wrap=True)
+    figure.supxlabel(caption, fontsize=6.5, color="0.4", wrap=True)
+    draw(axis, images, rows, columns)
+    return figure
+
+
+def draw(axis, images, row_titles, column_titles):
+    """The tiles and their titles on one axis."""
+    pad = 2
+    H, W = images.shape[2:]
+    page = make_grid(images, nrow=len(images) // len(row_titles), padding=pad, normalize=True,
+                     value_range=(-1, 1), pad_value=1)
+    axis.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
+    turned = max(map(len, column_titles), default=0) > 8
+    axis.set_yticks([pad + H / 2 + i * (H + pad) for i in range(len(row_titles))], row_titles)
+    axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))], column_titles,
+                    rotation=30 if turned else 0)
+    axis.tick_params(length=0, labeltop=True, labelbottom=False)
+    axis.spines[:].set_visible(False)
+
+
+# ---- The figures: each a function of a Model ----
+def reverse(model):
+    """Five classes, a pair of rows each, from noise to image: x_t, and below it x0_hat."""
+    y = model.labels(5)
+    last = model.options["steps"]
+    shown = {round(i * last / 10) for i in range(11)}
+    frames = [frame for i, frame in enumerate(model.walk(y)) if i in shown]
+    levels, x_t, x0_hat = zip(*frames)
+    tiles = torch.stack([torch.stack(x_t, 1), torch.stack(x0_hat, 1)], 1)  # (5, 2, 11, C, H, W)
+    rows = []
+    for name in y:
+        rows += [f"{model.classes[name]}   x_t", "x0_hat"]
+    return tiled(model, "The reverse process: from noise to an image", tiles.flatten(0, 2), rows,
+                 [f"t = {t}" for t in levels])
+
+
+def animate(model, path):
+    """The same as a GIF: x_t on the left, x0_hat on the right."""
+    y = model.labels(10).repeat_interleave(5)
+    rows = [model.classes[name] for name in y[::5]]
+    figure, axes = plt.subplots(1, 2, figsize=(6, 6))
+    level = figure.suptitle("", fontsize=10)
+    writer = PillowWriter(fps=8)
+    writer.setup(figure, path, dpi=90)
+    for t, *pair in model.walk(y):
+        for axis, images, title in zip(axes, pair, ("x_t", "x0_hat, the net's guess")):
+            axis.clear()
+            draw(axis, images, rows, [])
+            axis.set_title(title, fontsize=10)
+        level.set_text(f"t = {t}")
+        writer.grab_frame()
+        figure.set_layout_engine("none")  # keep the first: fast
+    for _ in range(12):  # the last one stays for a while
+        writer.grab_frame()
+    writer.finish()
+    plt.close(figure)
+
+
+def grid(model):
+    """Ten images of each class, or of the first ten."""
+    return tiled(model, "100 generated images", model.images(model.labels(10).repeat(10)),
+                 [""] * 10)
+
+
+def steps(model):
+    """The same noise, walked down in few steps and in many."""
+    T = len(model.alpha_bar) - 1
+    counts = [n for n in (5, 10, 25, 50, 250) if n < T] + [T]
+    tiles = [model.images(model.labels(10), steps=n) for n in counts]
+    return tiled(model, "The same noise, more steps", torch.cat(tiles),
+                 [f"{n} steps" for n in counts], varied="steps")
+
+
+def guidance(model):
+    """The same noise under more and more guidance."""
+    weights = (0, 0.5, 1, 2, 4, 8)
+    tiles = torch.cat([model.images(model.labels(10), guidance=w) for w in weights])
+    return tiled(model, "The same noise, more guidance", tiles, [f"w = {w:g}" for w in weights],
+                 varied="guidance")
+
+
+def complete(model):
+    """Real hits, a tenth of a second, four ways to go on."""
+    y = model.labels(10)
+    x_0 = model.real(y)
+    mask = torch.zeros_like(x_0, dtype=torch.bool)
+    mask[..., :SIZE // 10] = True
+    known = [x.repeat(4, 1, 1, 1).to(model.device) for x in (mask, x_0)]
+    made = model.images(y.repeat(4), known=known)
+    tiles = torch.cat([x_0, torch.where(mask, x_0, 0), made])
+    return tiled(model, "A tenth of a second is given, the rest is drawn", tiles,
+                 ["real", "given"] + 4 * ["drawn"])
+
+
+def neighbours(model):
+    """Is it copying? Drawn hits above the nearest training hits."""
+    images, _ = model.load()
+    made = model.images(model.labels(10))
+    distance = torch.cdist(made.flatten(1), images.flatten(1).float() / 127.5 - 1, p=1)  # (10, N)
+    near, nearest = distance.topk(min(3, len(images)), largest=False)
+    decibels = near[:, 0].mean() / made[0].numel() * DECIBELS / 2
+    tiles = [made] + [images[column].float() / 127.5 - 1 for column in nearest.T]
+    return tiled(model, f"Is it copying? The nearest training hits are {decibels:.1f} dB apart",
+                 torch.cat(tiles), ["drawn", "nearest", "second", "third"][:len(tiles)])
+
+
+@torch.no_grad()
+def loss(model):
+    """Why the curve looks flat: each level has a floor, below which no net can predict."""
+    images, labels = model.load()
+    alpha_bar = model.alpha_bar.float()
+    T = len(alpha_bar) - 1
+    bins = min(20, T)
+    errors = []
+    generator = torch.Generator().manual_seed(model.seed)
+    for k in range(bins):  # 100 images at levels of each bin
+        t = torch.randint(k * T // bins + 1, (k + 1) * T // bins + 1, (100,), generator=generator)
+        i = torch.randint(len(images), t.shape, generator=generator)
+        x_0 = images[i].float() / 127.5 - 1
+        eps = torch.randn(x_0.shape, generator=generator)
+        x_t = q_sample(x_0, t, eps, alpha_bar)
+        inputs = [x.to(model.device) for x in (x_t, t, labels[i])]
+        output = model.net(*inputs).cpu()
+        goal = to_target(x_0, t, eps, alpha_bar, model.target)
+        errors.append((output - goal).square().mean().item())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
+    step, _, value = np.array(model.checkpoint["history"]).T
+    left.plot(step / 1000, value)
+    left.set(xlabel="thousand steps", ylabel=f"loss ({model.target})", ylim=0, title="In training")
+    right.bar(np.arange(bins) * T / bins, errors, width=0.9 * T / bins, align="edge")
+    right.set(xlabel="t", ylabel="loss", title="The trained net, by noise level")
+    return figure
+
+
+def sounds(model):
+    """What the .wav files play, from top to bottom."""
+    return tiled(model, "Three training hits, three drawn", hits(model),
+                 3 * ["training"] + 3 * ["drawn"], model.classes)
+
+
+FIGURES = {f.__name__: f for f in
+           (reverse, grid, sounds, steps, guidance, loss, neighbours, complete)}
+
+
+# ---- The .wav files ----
+def hits(model):
+    """Three training hits a class, then three drawn: (6 * classes, 1, 64, 64)."""
+    y = torch.arange(len(model.classes)).repeat(3)
+    return torch.cat([model.real(y), model.images(y)])
+
+
+def listen(model, name, out):
+    """Eleven levels of one walk from hiss to hit; or a file per class."""
+    files = {}
+    if name == "reverse":
+        levels = [x_t for _, x_t, _ in model.walk(model.labels(1))]
+        shown = torch.linspace(0, len(levels) - 1, 11).round().int()
+        files["reverse"] = torch.cat([levels[i] for i in shown])
+    if name == "sounds":
+        images = hits(model)
+        files = {label: images[k::len(model.classes)] for k, label in enumerate(model.classes)}
+    for label, images in files.items():
+        write_wav(out / f"{label}.wav", to_sound((images.clamp(-1, 1) + 1) * 127.5))
+        print(out / f"{label}.wav")
+
+
+def export(model, path, n, batch=50):
+    """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
+    y = model.labels(n)
+    generators = model.generators()
+    with tempfile.TemporaryDirectory(dir=path.parent) as part:  # whole, or not at all
+        chunks = [model.images(labels, generators=generators)
+                  for labels in tqdm(y.split(batch), "exporting")]
+        pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        np.savez_compressed(Path(part) / path.name, labels=y.numpy(),
+                            images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy())
+        os.rename(Path(part) / path.name, path)
+    print(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw the reverse diffusion of a checkpoint.")
+    devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    newest = max((HERE / "runs").glob("*/checkpoint.pt"), default=HERE / "pretrained.pt",
+                 key=lambda path: path.stat().st_mtime)
+    add = parser.add_argument
+    add("figures", nargs="*", metavar="FIGURE", help=f"{', '.join(FIGURES)} or all [reverse]")
+    add("--label", help="this class only")
+    add("--steps", type=int, default=SAMPLE_STEPS, help="sampler steps [%(default)s]")
+    add("--eta", type=float, default=ETA, help="1 is DDPM, 0 is DDIM [%(default)s]")
+    add("--guidance", type=float, default=GUIDANCE, help="w, 0 is off [%(default)s]")
+    add("--seed", type=int, default=0, help="of the noise [%(default)s]")
+    add("--device", choices=devices, default=devices[0], help="[%(default)s]")
+    add("--checkpoint", type=absolute, default=newest, help="[newest in runs/, else pretrained.pt]")
+    add("--data", type=absolute, help="as main.py's [what the net was trained on]")
+    add("--out", type=absolute, default=HERE / "figures", help="folder for them [figures/ here]")
+    add("--show", action="store_true", help="open a window for each figure too")
+    add("--export", type=absolute, metavar="FILE.npz", help="write images as arrays instead")
+    add("--n", type=int, default=1000, help="how many images to export [%(default)s]")
+    args = parser.parse_args()
+    names = list(FIGURES) if "all" in args.figures else args.figures or ["reverse"]
+    if not set(names) <= set(FIGURES):
+        parser.error(f"no such figure: there are {', '.join(FIGURES)} and all")
+    if not (args.steps > 0 and 0 <= args.eta <= 1 and 0 <= args.guidance < 1e6 and args.n > 0):
+        parser.error("--steps and --n are above zero, --eta is 0 to 1, --guidance not below zero")
+    model = Model(args.checkpoint, args)
+    print(f"checkpoint: {args.checkpoint}")
+    if args.export:
+        path = Path(args.export if args.export.endswith(".npz") else args.export + ".npz")
+        if path.exists():
+            parser.error(f"--export: {path} exists")
+        return export(model, path, args.n)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        FIGURES[name](model).savefig(out / f"{name}.png", bbox_inches="tight")
+        print(out / f"{name}.png", "and .gif" if name == "reverse" else "")
+        if name == "reverse":
+            animate(model, out / "reverse.gif")
+        listen(model, name, out)
+    if args.show:
+        plt.show()
+
+
+if __name__ == "__main__":
+    run(main)
