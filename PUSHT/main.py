@@ -46,12 +46,17 @@ WAVES = 5               # sines and cosines of each number of y
 
 
 # ---- Data: 16 commands of an expert in a row, and what it saw ----
-def load_data(episodes):
+def load_data(episodes, data=None):
     """Plans float32 (N, 2, 1, 16), observations float32 (N, 8), a line that describes them.
 
     A plan is a picture two colours deep and one pixel high, so that MNIST's net serves.
     """
-    poses, discs, commands, ends = find_demonstrations(episodes)
+    parts = []
+    if data:
+        parts.append(world.read_episodes(data, HORIZON))
+    if episodes:
+        parts.append(world.demonstrations(episodes))
+    poses, discs, commands, ends = (torch.cat(part) for part in zip(*parts))
     steps = torch.arange(poses.shape[1])
     e, k = (steps <= ends[:, None] - HORIZON).nonzero(as_tuple=True)
     after = k[:, None] + torch.arange(HORIZON)  # (N, 16)
@@ -59,7 +64,7 @@ def load_data(episodes):
     plans = world.to_block(commands[e[:, None], after], poses[e, k]) / REACH
     plans = plans.transpose(1, 2)[:, :, None].contiguous()
     y = observe(poses[e, k], discs[e, k], discs[e, before])
-    return plans, y, f"{episodes:,} demonstrations, {len(y):,} plans"
+    return plans, y, f"{len(ends):,} demonstrations, {len(y):,} plans"
 
 
 def observe(pose, disc, before):
@@ -289,16 +294,11 @@ def drive(net, pose, disc, alpha_bar, target=TARGET, driven=DRIVEN, generator=No
     yield pose, disc, plan
 
 
-def best_coverage(frames):
-    """The best coverage (B,) of each episode that drive yields."""
-    return torch.stack([world.coverage(pose) for pose, *_ in frames]).amax(dim=0)
-
-
 # ---- Training ----
 def train(args, checkpoint, path, device):
     """Algorithm 1 of DDPM; saves to path."""
     # data
-    plans, seen, source = load_data(args.episodes)
+    plans, seen, source = load_data(args.episodes, args.data)
     plans = plans.to(device)
     seen = seen.to(device)
 
@@ -309,6 +309,11 @@ def train(args, checkpoint, path, device):
                   net=dict(channels=CHANNELS, coordinates=2, observations=8))
     alpha_bar = noise_schedule(SCHEDULE, T).float().to(device)
     net = UNet(**config["net"]).to(device)
+    if args.init and not checkpoint:
+        init, _ = load_checkpoint(args.init)
+        if init["config"]["net"] != config["net"]:
+            sys.exit(f"error: --init {args.init}: its net is {init['config']['net']}")
+        net.load_state_dict(init["ema"])
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
     step = 0
@@ -399,7 +404,8 @@ def train(args, checkpoint, path, device):
     if not stopped:
         start = world.starts(200, torch.Generator().manual_seed(1))  # the demonstrations' is 0
         steps = 1 if args.regression else SAMPLE_STEPS
-        best = best_coverage(drive(ema, *start, alpha_bar, steps=steps))
+        frames = drive(ema, *start, alpha_bar, steps=steps)
+        best = torch.stack([world.coverage(pose) for pose, *_ in frames]).amax(dim=0)
         shares = ", ".join(f"{(best >= c).float().mean():.1%} reach {c:.2f}" for c in (0.9, 0.95))
         print(f"200 unseen starts, coverage is the share of the goal under the block: {shares}")
     script, flag = ("main.py", "--resume") if stopped else ("visual.py", "--checkpoint")
@@ -407,26 +413,6 @@ def train(args, checkpoint, path, device):
 
 
 # ---- Files and flags: nothing about diffusion ----
-def find_demonstrations(episodes):
-    """The expert's episodes, kept in data/ with the world.py that made them."""
-    path = HERE / "data" / f"{episodes}.pt"
-    text = (HERE / "world.py").read_text()
-    try:
-        kept = torch.load(path, weights_only=True)
-        if kept["world"] == text:
-            return kept["episodes"]
-    except Exception:  # missing or damaged
-        pass
-    print(f"an expert drives {episodes:,} episodes")
-    made = world.demonstrations(episodes)
-    try:
-        path.parent.mkdir(exist_ok=True)
-        save_checkpoint(path, {"world": text, "episodes": made})
-    except OSError:  # a read-only clone does without
-        pass
-    return made
-
-
 def progress(args, step, seconds):
     """The share of the run that is done. --steps is an int, --minutes a float."""
     done = step if isinstance(args.length, int) else seconds / 60
@@ -486,7 +472,9 @@ def main():
     add("--batch-size", type=int, default=256, help="plans a step [256]")
     add("--lr", type=float, default=4e-3, help="peak learning rate [4e-3]")
     add("--seed", type=int, default=0, help="[0]")
-    add("--episodes", type=int, default=1000, help="demonstrations [1000]")
+    add("--episodes", type=int, help="of the expert [1000, with --data 0]")
+    add("--data", type=absolute, metavar="FILE", help="of play.py")
+    add("--init", type=absolute, metavar="FILE", help="begin with its weights")
     add("--regression", action="store_true", help="learn the average plan instead")
     add("--out", type=absolute, help="a new folder for the run [runs/TIME here]")
     add("--resume", type=absolute, metavar="FILE", help="go on in it, with its settings")
@@ -506,8 +494,12 @@ def main():
         checkpoint["args"]["device"] = args.device
         parser.set_defaults(**checkpoint["args"])
     args = parser.parse_args()  # what is not given anew stays
-    if not all(0 < x < math.inf for x in (args.length, args.batch_size, args.lr, args.episodes)):
-        parser.error("numbers must be above 0 and finite")
+    if args.episodes is None:
+        args.episodes = 0 if args.data else 1000
+    if not all(0 < x < math.inf for x in (args.length, args.batch_size, args.lr)):
+        parser.error("--minutes, --steps, --batch-size and --lr must be above 0 and finite")
+    if args.episodes < (0 if args.data else 1):
+        parser.error("--episodes: above 0")
     if HORIZON % 2 ** (len(CHANNELS) - 1) or not 1 <= DRIVEN <= HORIZON:
         parser.error("HORIZON: a multiple of 4, DRIVEN: at most HORIZON")
     if checkpoint and progress(args, checkpoint["step"], checkpoint["seconds"]) == 1:

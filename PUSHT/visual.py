@@ -26,8 +26,8 @@ from main import HERE
 
 if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
     sys.exit(f"error: the main.py of {HERE} is loaded: restart the kernel")
-from main import (DRIVEN, ETA, HORIZON, REACH, SAMPLE_STEPS, SIGHT, absolute, best_coverage,
-                  drive, load_checkpoint, load_data, noise_schedule, observe, run, sample, to_path)
+from main import (DRIVEN, ETA, HORIZON, REACH, SAMPLE_STEPS, SIGHT, absolute, drive,
+                  load_checkpoint, load_data, noise_schedule, observe, run, sample, to_path)
 
 BLUE = "tab:blue"
 ORANGE = "tab:orange"
@@ -60,6 +60,10 @@ class Model:
         self.device = args.device
         self.episodes = args.starts
         self.driven = args.driven
+
+    def load(self):
+        data = self.checkpoint.get("args", {}).get("data")
+        return load_data(self.config["episodes"], data)[:2]
 
     def starts(self, n):
         """n unseen starts, poses and discs: with seed 0 those that main.py ends with."""
@@ -212,7 +216,7 @@ def bars(runs):
     figure, axis = plt.subplots(figsize=(8, 3.2))
     for i, (name, frames) in enumerate(runs.items()):
         began = time.perf_counter()
-        best = best_coverage(frames)
+        best = torch.stack([world.coverage(pose) for pose, *_ in frames]).amax(dim=0)
         n = len(best)
         line = f"{name}: "
         for left, level, colour in ((-0.2, 0.9, "#9ec5ea"), (0.2, 0.95, BLUE)):
@@ -231,10 +235,10 @@ def bars(runs):
 def success(model, regression):
     """How often each policy brings the block to the goal."""
     start = model.starts(model.episodes)
-    plans, seen, _ = load_data(model.config["episodes"])
+    plans, seen = model.load()
     torch.manual_seed(model.seed)
 
-    # three that stand for a net: x0_hat at once
+    # three in the place of a net
     def shoved(x_t, t, y):  # the regression's plan, moved by 0.3 units or so to a random side
         *_, (_, plan, _) = regression.sample(x_t, y)
         return plan + 0.3 / REACH * torch.randn(len(y), 2, 1, 1).to(plan)
@@ -261,9 +265,9 @@ def steps(model, _):
 
 
 def copying(model, _):
-    """Is it copying? Generated plans, and the plans of the demonstrations nearest to them."""
-    known, *_ = load_data(model.config["episodes"])
-    known = to_path(known, torch.zeros(len(known), 3))  # in the block's frame
+    """Is it copying? Plans, and those of the demonstrations nearest to them."""
+    known, _ = model.load()
+    known = to_path(known, torch.zeros(len(known), 3))
     pose, disc = model.starts(5)
     *_, (_, _, drawn) = model.walk(pose, disc)
     drawn = world.to_block(drawn, pose)

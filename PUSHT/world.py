@@ -2,14 +2,16 @@
 
 The task is that of Florence et al. 2021 (arXiv:2109.00137) and Chi et al. 2023 (arXiv:2303.04137).
 The world is quasi-static: nothing keeps moving by itself. Friction under the block is an
-ellipsoidal limit surface (Lynch, Maekawa & Tanie 1992), the disc itself has no friction.
+ellipsoidal limit surface (Lynch, Maekawa & Tanie 1992), the disc has no friction.
 
 Lengths are in units of the bar's thickness. The goal is the pose (0, 0, 0), the world's frame is
 the goal's. Everything is batched: pose (B, 3) is x, y and angle of the block, disc (B, 2) the
-disc's centre. "In the block's frame" means: origin at the block's centre, axes turned with it.
+disc's centre. In the block's frame its centre is the origin, and the axes turn with it.
 """
 import math
+import sys
 
+import numpy as np
 import torch
 
 BAR = (-2.0, 2.0, 5 / 14, 19 / 14)      # left, right, bottom, top of the bar
@@ -46,7 +48,7 @@ def to_block(points, pose):
 
 
 def to_world(points, pose):
-    """Points (B, K, 2) of the block's frame in the world's."""
+    """The way back from to_block."""
     return rotate(points, pose[:, 2]) + pose[:, None, :2]
 
 
@@ -107,7 +109,6 @@ def starts(n, generator):
 
 
 # ---- The expert, which a reader of the policy may skip ----
-# One push after another, each chosen by where it would bring the block.
 def angle(points):
     return torch.atan2(points[..., 1], points[..., 0])
 
@@ -238,8 +239,7 @@ def demonstrations(n, seed=0):
     """n episodes: poses (n, S, 3), discs (n, S, 2), the expert's commands (n, S, 2), ends (n,).
 
     The disc is pushed aside by a noise that lasts a few steps, with a standard deviation of up to
-    0.2 units, and what is recorded is the expert's answer (DART, arXiv:1703.09327): so the data
-    show how to recover.
+    0.2 units, and what is recorded is the expert's answer (DART, arXiv:1703.09327).
     ends: how many of the S steps count.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -258,3 +258,16 @@ def demonstrations(n, seed=0):
         pose, disc = step(pose, disc, command + noise * ~expert.stays[:, None])
     poses, discs, commands = (torch.stack(column, 1) for column in zip(*rows))
     return poses, discs, commands, ends
+
+
+def read_episodes(path, shortest):
+    """What play.py recorded, in the form of demonstrations."""
+    shapes = {"poses": (STEPS, 3), "discs": (STEPS, 2), "commands": (STEPS, 2), "ends": ()}
+    try:
+        with np.load(path) as file:
+            arrays = [torch.from_numpy(file[name]) for name in shapes]
+        assert [tuple(array.shape[1:]) for array in arrays] == [*shapes.values()]
+        assert arrays[-1].min() >= shortest
+    except Exception as error:
+        sys.exit(f"error: {path} holds no episodes of {shortest} steps or more: {error!r}")
+    return arrays

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import io
 import sys
+import wave
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ SHOWN = {"MNIST": ("grid", "reverse", "forward", "guidance", "neighbours", "comp
 
 def visual_of(folder):
     """The visual.py of a folder, with the main.py beside it."""
-    for name in ("main", "visual", "world"):
+    for name in ("main", "visual", "world", "sound"):
         sys.modules.pop(name, None)
     sys.path.insert(0, str(PICS.parent / folder))
     visual = importlib.import_module("visual")
@@ -140,6 +141,30 @@ def robot(pushed, width, starts=5, plans=8):
         plt.close(figure)
 
 
+def drums(visual):
+    """A walk of each class as a strip; one as sounds, and hits of each class: 8 bits, cut short."""
+    model = model_of(visual, None)
+    levels = list(model.walk(model.labels(5)))[::2]
+    tiles = torch.stack([x_t for _, x_t, _ in levels], dim=1).flatten(0, 1)
+    figure = visual.tiled(model, "", tiles, model.classes, [f"t = {t}" for t, _, _ in levels])
+    figure.supxlabel("")
+    save(figure, "drums-reverse.png")
+
+    count = len(model.classes)
+    hits = visual.hits(model)
+    files = {label: hits[k::count] for k, label in enumerate(model.classes)}
+    files["reverse"] = tiles[2 * len(levels):3 * len(levels)]
+    for name, images in files.items():
+        track = []
+        for sound in visual.to_sound((images.clamp(-1, 1) + 1) * 127.5):
+            sound = sound[400:4400] / sound.abs().max().clamp(min=1)
+            track += [sound * torch.linspace(1, 0, 4000) ** 0.3, torch.zeros(1000)]
+        numbers = (torch.cat(track) * 127 + 128).round().to(torch.uint8)
+        with wave.open(str(PICS / f"drums-{name}.wav"), "wb") as file:
+            file.setparams((1, 1, 16000, 0, "NONE", ""))
+            file.writeframes(numbers.numpy().tobytes())
+
+
 def demo(models, pushed, rows=2, width=600):
     """Digits above colour pictures above plans, frame by frame."""
     walks = [list(model.walk(model.labels(10 * rows))) for model in models]
@@ -192,6 +217,7 @@ def main():
     for name, (frames, fps) in visual.GIFS.items():
         visual.animate(frames(policy, regression), PICS / f"pusht-{name}.gif", fps)
     demo(models, (visual, finer))
+    drums(visual_of("DRUMS"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import shutil
 import socket
 import tarfile
 import threading
-import unicodedata
 
 import numpy as np
 import pytest
@@ -99,21 +98,6 @@ def test_what_is_no_picture_is_skipped_and_said(pictures, tmp_path, capsys):
         fails(MAIN, "--size", size, words=["multiple of 8"])
     for folder in (root / "phone", root / "nowhere"):
         fails(MAIN, "--data", folder, words=[str(folder)])
-
-
-def test_a_class_and_files_of_any_name_and_a_single_picture(narrow, pictures, tmp_path):
-    """A class in Chinese and with an accent as macOS stores it, a file name that is no UTF-8, and
-    an output that can write neither; given as a relative path, used from elsewhere."""
-    name = unicodedata.normalize("NFD", "猫 café")
-    (tmp_path / "odd" / name).mkdir(parents=True)
-    shutil.copy(pictures / "few/1.png", tmp_path / "odd" / name)
-    (tmp_path / "odd" / name / "caf\udce9.png").write_bytes(b"no picture")
-    latin = {"PYTHONIOENCODING": "cp1252"}
-    out = works(narrow / "main.py", *SMALL, "--data", "odd", "--steps", 1, "--out", "run",
-                cwd=tmp_path, env=latin, encoding="cp1252")
-    assert "café 1" in out and "1 files skipped" in out
-    works(narrow / "visual.py", "neighbours", "--checkpoint", tmp_path / "run/checkpoint.pt",
-          "--steps", 1, "--label", name, env=latin)
 
 
 # ---- the archive and its mirrors ----

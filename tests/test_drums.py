@@ -1,11 +1,12 @@
 """DRUMS/: sounds as pictures and back, files of all kinds, and what differs from MNIST/."""
 import math
+import signal
 import wave
 
 import numpy as np
 import pytest
 import torch
-from conftest import copied, fails, read, same, works
+from conftest import copied, fails, first_step, read, same, start, works
 from loading import ROOT, load
 from PIL import Image
 
@@ -114,9 +115,13 @@ def test_every_figure_and_sound(narrow, tmp_path):
 
 
 def test_a_reader_s_own_sounds_and_resume_bit_for_bit(narrow, few, tmp_path):
-    works(narrow / "main.py", *SMALL, "--data", few, "--steps", 6, "--out", tmp_path / "a")
-    works(narrow / "main.py", *SMALL, "--data", few, "--steps", 3, "--out", tmp_path / "b")
-    works(narrow / "main.py", "--resume", tmp_path / "b/checkpoint.pt", "--steps", 6)
+    run = [narrow / "main.py", *SMALL, "--data", few, "--steps", 60]
+    process = start(*run, "--out", tmp_path / "a")
+    first_step(process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    works(narrow / "main.py", "--resume", tmp_path / "a/checkpoint.pt")
+    works(*run, "--out", tmp_path / "b")
     assert same(read(tmp_path / "a"), read(tmp_path / "b"))
     works(narrow / "visual.py", "neighbours", "--checkpoint", tmp_path / "a/checkpoint.pt")
     works(narrow / "visual.py", "--checkpoint", tmp_path / "a/checkpoint.pt", "--label", "low",

@@ -1,5 +1,4 @@
 """MNIST/ as its users run it: both commands on real digits, then the mistakes they make."""
-import os
 import resource
 import shlex
 import shutil
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIGURES, NARROW, copied, fails, first_step, read, same, start, works
-from loading import ROOT, load
+from loading import load
 from PIL import Image
 
 VISUAL = "MNIST/visual.py"
@@ -115,26 +114,6 @@ def test_a_stop_saves_when_nobody_reads_any_more(quick, tmp_path, kind):
     assert process.wait(timeout=60) == 0 and read(tmp_path / "a")["step"] > 0
 
 
-def test_closed_output_and_odd_names_end_nothing(quick, tmp_path):
-    out = tmp_path / "\u0141ukasz caf\udce9"
-    works(quick, *SMALL, "--steps", 2, "--out", out, env={"PYTHONIOENCODING": "cp1252"},
-          preexec_fn=lambda: os.close(2))
-    assert read(out)["step"] == 2
-
-
-def test_a_resumed_run_goes_on_in_its_own_file(quick, tmp_path):
-    works(quick, *SMALL, "--steps", 2, "--out", tmp_path / "run")
-    for name in ("a", "b"):
-        shutil.copy(tmp_path / "run/checkpoint.pt", tmp_path / f"{name}.pt")
-    for name, steps in (("a", 4), ("b", 5)):
-        works(quick, "--resume", tmp_path / f"{name}.pt", "--steps", steps)
-    steps = [torch.load(tmp_path / f"{name}.pt")["step"] for name in ("run/checkpoint", "a", "b")]
-    assert steps == [2, 4, 5] and len([*tmp_path.glob("samples/*")]) == 2
-    fails(quick, "--resume", tmp_path / "a.pt", "--out", tmp_path / "run", "--steps", 9,
-          words=["exists"])
-    assert read(tmp_path / "run")["step"] == 2
-
-
 def test_a_kill_leaves_a_whole_checkpoint_and_a_pipe_shows_each_line(tmp_path):
     folder = copied(tmp_path / "hasty", NARROW, ("SAVE_SECONDS = 30 ", "SAVE_SECONDS = 1 "))
     process = start(folder / "main.py", *SMALL, "--steps", 200000, "--out", tmp_path / "a")
@@ -194,24 +173,6 @@ def test_without_a_network_it_trains_on_the_embedded_digits(tmp_path, monkeypatc
             assert (tmp_path / f"run{k}/checkpoint.pt").exists()
 
 
-def test_an_incomplete_download_is_fetched_again(mnist, tmp_path, monkeypatch):
-    main = load("MNIST")
-    monkeypatch.setattr(main, "HERE", tmp_path / "clone")
-    cut = tmp_path / "clone/data/MNIST/raw/train-images-idx3-ubyte"
-    shutil.copytree(mnist, tmp_path / "clone/data")
-    cut.write_bytes(cut.read_bytes()[:-1000])
-    reader = main.torchvision.datasets.MNIST
-
-    def there(root, download=False):                    # a host that has the small folder
-        if download:
-            shutil.copytree(mnist, root, dirs_exist_ok=True)
-        return reader(root)
-    monkeypatch.setattr(main.torchvision.datasets, "MNIST", there)
-    for _ in range(2):
-        assert len(main.load_data()[0]) == 100
-    assert cut.stat().st_size == (mnist / "MNIST/raw" / cut.name).stat().st_size
-
-
 def test_bad_checkpoints(quick, trained, tmp_path):
     good = next((trained[0] / "runs").glob("*/checkpoint.pt"))
     checkpoint = torch.load(good, weights_only=True)
@@ -250,27 +211,3 @@ def test_flags_out_of_range(quick, args):
     "--steps 0", "--label 11", "--guidance nan", "--eta 2", "nonsense", "--export no/x.npz"])
 def test_figure_flags_out_of_range(args):
     fails(VISUAL, *args.split())
-
-
-# ---- a reader's own settings ----
-def test_a_matplotlibrc_changes_no_figure(trained, tmp_path):
-    (tmp_path / "matplotlibrc").write_text("image.origin: lower\ntext.usetex: True\n")
-    for name, env in (("a", {}), ("b", {"MATPLOTLIBRC": str(tmp_path)})):
-        works(trained[0] / "visual.py", "grid", "--steps", 1, "--out", tmp_path / name, env=env)
-    assert (tmp_path / "a/grid.png").read_bytes() == (tmp_path / "b/grid.png").read_bytes()
-
-
-def test_two_folders_in_one_notebook_are_not_mixed():
-    code = ["import runpy, sys", "sys.path.insert(0, 'MNIST')", "import main",
-            "runpy.run_path('CIFAR10/visual.py', run_name='__main__')"]
-    fails("-c", "; ".join(code), env={}, words=["MNIST", "restart"])
-
-
-def test_ctrl_c_outside_training_is_one_line(trained):
-    process = start(trained[0] / "visual.py", "--export", "nowhere", "--n", 100000)
-    while b"exporting" not in process.stderr.buffer.read1(100):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode and "error: interrupted" in err and "Traceback" not in err
-    assert not [*ROOT.glob("nowhere*")] and not [*ROOT.glob("tmp*")]
