@@ -144,21 +144,22 @@ def robot(pushed, width, starts=5, plans=8):
 def drums(visual):
     """A walk of each class as a strip; one as sounds, and hits of each class: 8 bits, cut short."""
     model = model_of(visual, None)
-    levels = list(model.walk(model.labels(5)))[::2]
-    tiles = torch.stack([x_t for _, x_t, _ in levels], dim=1).flatten(0, 1)
-    figure = visual.tiled(model, "", tiles, model.classes, [f"t = {t}" for t, _, _ in levels])
+    walk = list(model.walk(model.labels(5)))
+    shown = walk[::4]
+    tiles = torch.stack([x_t for _, x_t, _ in shown], dim=1).flatten(0, 1)
+    figure = visual.tiled(model, "", tiles, model.classes, [f"t = {t}" for t, _, _ in shown])
     figure.supxlabel("")
     save(figure, "drums-reverse.png")
 
     count = len(model.classes)
     hits = visual.hits(model)
     files = {label: hits[k::count] for k, label in enumerate(model.classes)}
-    files["reverse"] = tiles[2 * len(levels):3 * len(levels)]
+    files["reverse"] = torch.stack([x_t[2] for _, x_t, _ in walk[::2]])
     for name, images in files.items():
         track = []
         for sound in visual.to_sound((images.clamp(-1, 1) + 1) * 127.5):
             sound = sound[400:4400] / sound.abs().max().clamp(min=1)
-            track += [sound * torch.linspace(1, 0, 4000) ** 0.3, torch.zeros(1000)]
+            track += [sound * torch.linspace(1, 0, 4000) ** 0.3, torch.zeros(750)]
         numbers = (torch.cat(track) * 127 + 128).round().to(torch.uint8)
         with wave.open(str(PICS / f"drums-{name}.wav"), "wb") as file:
             file.setparams((1, 1, 16000, 0, "NONE", ""))
