@@ -6,6 +6,7 @@ spectrogram, uint8 (N, 1, 64, 64): a column every 16 ms, the low bands at the bo
 has to find one.
 """
 import glob
+import io
 import math
 import sys
 import unicodedata
@@ -16,13 +17,13 @@ import torch
 from torch.nn import functional as F
 
 RATE = 16_000           # numbers a second
-WINDOW = 1024           # of them in a column, 64 ms
+WINDOW = 1024           # numbers that a column is made of, 64 ms
 HOP = 256               # from one column to the next
 SIZE = 64               # columns, and bands
 LENGTH = HOP * (SIZE - 1)   # of the sound of a picture, one second
 DECIBELS = 80           # from black to white
 FULL = (WINDOW / 4) ** 2    # power of a tone of amplitude 1, white
-LEAD = WINDOW // 2      # silence before a hit, so that the first column is black
+LEAD = WINDOW // 2      # silence before a hit
 
 
 # ---- Sound to picture, and back ----
@@ -40,22 +41,26 @@ def mel_bank():
 
 
 def stft(sound):
-    """Complex (N, 513, columns) of sounds (N, L)."""
+    """Complex (N, 513, columns) of sounds (N, L), or (513, columns) of one."""
     return torch.stft(sound, WINDOW, HOP, window=torch.hann_window(WINDOW), pad_mode="constant",
                       return_complex=True)
 
 
 def to_picture(sounds):
     """Pictures uint8 (N, 1, 64, 64) of the first second of each of N sounds (L,)."""
-    sound = torch.stack([F.pad(hit, (0, max(LENGTH - len(hit), 0)))[:LENGTH] for hit in sounds])
-    power = mel_bank() @ stft(sound).abs() ** 2  # (N, 64, 64)
+    bank = mel_bank()
+    power = []
+    for hit in sounds:
+        hit = F.pad(hit, (0, max(LENGTH - len(hit), 0)))[:LENGTH]
+        power.append(bank @ stft(hit).abs() ** 2)
+    power = torch.stack(power)  # (N, 64, 64)
     level = 10 * torch.log10(power / FULL + 1e-12)  # dB
     shade = (1 + level / DECIBELS).clamp(0, 1)
     return (255 * shade.flip(1)).round().to(torch.uint8)[:, None]
 
 
 def to_sound(picture, rounds=60):
-    """A sound (N, L) for each picture, uint8 (N, 1, 64, 64).
+    """A sound (N, L) for each picture (N, 1, 64, 64), 0 to 255.
 
     The frequencies of each band by non-negative least squares (Lee & Seung 2001), the phases by
     fast Griffin-Lim (Perraudin et al. 2013): to and fro between what has the loudness asked for
@@ -87,7 +92,7 @@ def to_sound(picture, rounds=60):
 
 # ---- Variations of a sound ----
 def resample(sound, length):
-    """A sound (L,) stretched to another length: its frequencies above the new limit go."""
+    """A sound (L,) stretched to another length; what the new rate cannot hold is cut."""
     spectrum = torch.fft.rfft(sound)
     return torch.fft.irfft(spectrum[:length // 2 + 1], length) * (length / len(sound))
 
@@ -126,25 +131,47 @@ def read_hits(root):
 
 
 def read_wav(path):
-    """The hit in a .wav file, (L,): mono, 16 kHz, its peak 1, from LEAD before its onset on."""
-    with wave.open(str(path)) as file:
-        channels, width, rate, frames = file.getparams()[:4]
-        data = bytearray(file.readframes(min(frames, 10 * rate)))
+    """The hit in a .wav file, (L,): mono, 16 kHz, its peak 1, two seconds after LEAD of silence."""
+    with open(path, "rb") as file:
+        data = bytearray(file.read(2 ** 24))
+    if data[:4] != b"RIFF":
+        raise ValueError("no .wav file")
+
+    # wave reads whole numbers only, and before Python 3.12 not the extensible kind
+    kind = data.find(b"fmt ") + 8
+    if data[kind:kind + 2] == b"\xfe\xff":
+        data[kind:kind + 2] = data[kind + 24:kind + 26]
+    floats = data[kind] == 3
+    if floats:
+        data[kind] = 1
+    with wave.open(io.BytesIO(data)) as file:
+        channels, width, rate, _ = file.getparams()[:4]
+        data = bytearray(file.readframes(10 * rate))
+
+    # bytes to numbers
+    del data[len(data) // (channels * width) * channels * width:]
+    if not data:
+        raise ValueError("empty")
     parts = torch.frombuffer(data, dtype=torch.uint8).view(-1, channels, width)
     if width == 1:
         parts = parts ^ 128  # 8 bits come without a sign
-    numbers = F.pad(parts, (4 - width, 0)).view(torch.int32)  # (frames, channels, 1)
+    if floats:
+        numbers = parts.view({4: torch.float32, 8: torch.float64}[width])
+    else:
+        numbers = F.pad(parts, (4 - width, 0)).view(torch.int32)  # (frames, channels, 1)
     sound = numbers.float().mean(dim=(1, 2))
+
+    # from the onset on
     sound = resample(sound, round(len(sound) * RATE / rate))
     peak = sound.abs().max()
     if peak == 0:
         raise ValueError("silence")
     onset = (sound.abs() > 0.01 * peak).nonzero()[0]
-    return F.pad(sound[onset:] / peak, (LEAD, 0))
+    return F.pad(sound[onset:onset + 2 * RATE] / peak, (LEAD, 0))
 
 
 def write_wav(path, sounds):
-    """Sounds (N, L) one after another, each until it has faded by 40 dB, as 16 bit mono."""
+    """Sounds (N, L) one after another, each until it is below -40 dB, as 16 bit mono."""
     track = []
     for sound in sounds:
         sound = sound / sound.abs().max().clamp(min=1)

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import tempfile
+import unicodedata
 from functools import cache
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class Model:
         self.seed = args.seed
         self.device = args.device
         self.data = args.data or self.checkpoint.get("args", {}).get("data")
-        self.label = args.label
+        self.label = args.label and unicodedata.normalize("NFC", args.label)
         if self.label and self.label not in self.classes:
             sys.exit(f"error: --label {self.label}: the classes are {', '.join(self.classes)}")
 
@@ -83,7 +84,7 @@ class Model:
             pass  # the last one is x_0
         return x_0
 
-    @cache  # the variations take seconds
+    @cache
     def load(self):
         images, labels, classes, _ = load_data(self.data)
         if classes != self.classes:
@@ -188,7 +189,7 @@ def guidance(model):
 
 
 def complete(model):
-    """Real hits, a tenth of a second, four ways to go on."""
+    """A tenth of a second, four ways to go on."""
     y = model.labels(10)
     x_0 = model.real(y)
     mask = torch.zeros_like(x_0, dtype=torch.bool)
@@ -208,7 +209,7 @@ def neighbours(model):
     near, nearest = distance.topk(min(3, len(images)), largest=False)
     decibels = near[:, 0].mean() / made[0].numel() * DECIBELS / 2
     tiles = [made] + [images[column].float() / 127.5 - 1 for column in nearest.T]
-    return tiled(model, f"Is it copying? The nearest training hits are {decibels:.1f} dB apart",
+    return tiled(model, f"Is it copying? The nearest training hits are {decibels:.1f} dB away",
                  torch.cat(tiles), ["drawn", "nearest", "second", "third"][:len(tiles)])
 
 
@@ -241,7 +242,7 @@ def loss(model):
 
 
 def sounds(model):
-    """What the .wav files play, from top to bottom."""
+    """What the .wav files play."""
     return tiled(model, "Three training hits, three drawn", hits(model),
                  3 * ["training"] + 3 * ["drawn"], model.classes)
 

@@ -499,7 +499,7 @@ def main():
     if not all(0 < x < math.inf for x in (args.length, args.batch_size, args.lr)):
         parser.error("--minutes, --steps, --batch-size and --lr must be above 0 and finite")
     if args.episodes < (0 if args.data else 1):
-        parser.error("--episodes: above 0")
+        parser.error("--episodes: too few")
     if HORIZON % 2 ** (len(CHANNELS) - 1) or not 1 <= DRIVEN <= HORIZON:
         parser.error("HORIZON: a multiple of 4, DRIVEN: at most HORIZON")
     if checkpoint and progress(args, checkpoint["step"], checkpoint["seconds"]) == 1:

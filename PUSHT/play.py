@@ -102,8 +102,10 @@ def play(figure, drivers, file=None):
                     held = "disc" if (hand - disc).norm() < 1 else "block"
 
         # record
-        if file and (key == "enter" or best >= 0.95 or len(rows) == world.STEPS):
+        if file and (key == "enter" or best >= 0.95):
             keep(file, rows, (pose, disc, disc))
+            key = " "
+        if len(rows) == world.STEPS:  # too long: begin again
             key = " "
 
 
@@ -149,8 +151,8 @@ def main():
     plt.show(block=False)
     due = 0
     for _ in play(figure, drivers, args.record):
-        due = max(due + 0.1, time.monotonic() + 0.01)
-        figure.canvas.start_event_loop(due - time.monotonic())
+        due = max(due + 0.1, time.monotonic())
+        figure.canvas.start_event_loop(max(due - time.monotonic(), 0.01))
         if not plt.get_fignums():
             break
 

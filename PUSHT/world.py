@@ -21,12 +21,12 @@ SPEED = 0.6             # the disc's longest way in a control step
 SUBSTEPS = 10           # physics steps a control step
 STEPS = 300             # control steps an episode
 CELL = 0.125            # side of the squares that coverage counts
-TRAVEL = 0.5            # the expert's way in a control step without contact
+TRAVEL = 0.5            # the expert's way in a step without contact
 PUSH = 0.3              # and while it pushes
-CIRCLE = 3.4            # radius of the expert's way round the block, clear of every corner
+CIRCLE = 3.4            # radius of its way round the block, clear of corners
 ENOUGH = 0.96           # coverage at which the expert stops
-HOLD = 16               # steps that it then stays, so that stopping can be learned
-BESIDE = 0.5            # a contact as near as this is reached without a way round
+HOLD = 16               # steps that it then stays
+BESIDE = 0.5            # a contact this near needs no way round
 GRID = torch.cat([torch.cartesian_prod(torch.arange(left + CELL / 2, right, CELL),
                                        torch.arange(bottom + CELL / 2, top, CELL))
                   for left, right, bottom, top in (BAR, STEM)])  # the squares' centres (K, 2)
@@ -265,9 +265,10 @@ def read_episodes(path, shortest):
     shapes = {"poses": (STEPS, 3), "discs": (STEPS, 2), "commands": (STEPS, 2), "ends": ()}
     try:
         with np.load(path) as file:
-            arrays = [torch.from_numpy(file[name]) for name in shapes]
-        assert [tuple(array.shape[1:]) for array in arrays] == [*shapes.values()]
-        assert arrays[-1].min() >= shortest
+            arrays = [torch.from_numpy(file[name]).float() for name in shapes]
+        n = len(arrays[-1])
+        assert [array.shape for array in arrays] == [(n, *shape) for shape in shapes.values()]
+        assert shortest <= arrays[-1].min() and arrays[-1].max() <= STEPS
     except Exception as error:
-        sys.exit(f"error: {path} holds no episodes of {shortest} steps or more: {error!r}")
+        sys.exit(f"error: {path} holds no episodes of {shortest} steps: {error!r}")
     return arrays
