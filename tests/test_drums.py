@@ -23,7 +23,7 @@ def sound():
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """A reader's sounds: two classes of two hits."""
+    """A reader's sounds, two a class."""
     root = tmp_path_factory.mktemp("sounds") / "mine"
     for name in ("low", "high"):
         (root / name).mkdir(parents=True)
@@ -48,8 +48,6 @@ def test_from_picture_to_sound_to_picture(sound):
     loud = before > 255 * (1 - 60 / sound.DECIBELS)
     difference = (after.float() - before.float()).abs()[loud].mean() * sound.DECIBELS / 255
     assert difference < 1.5             # dB
-    silence = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
-    assert sound.to_sound(silence).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("hertz", [250, 1000, 4000])
@@ -78,7 +76,7 @@ def test_wav_files_of_any_kind_are_the_same_hit(sound, tmp_path, width, channels
     def hit(rate):
         t = np.arange(rate) / rate
         return 0.5 * np.exp(-8 * t) * np.sin(2 * np.pi * 200 * t)
-    numbers = np.concatenate([np.zeros(rate // 3), hit(rate)])  # what comes before goes
+    numbers = np.concatenate([np.zeros(rate // 3), hit(rate)])
     wav(tmp_path / "a.wav", np.stack(channels * [numbers], 1), width, rate)
     got = sound.read_wav(tmp_path / "a.wav")[sound.LEAD:]
     wanted = torch.tensor(hit(16000) / hit(16000).max())[:4000]
@@ -89,6 +87,7 @@ def test_wav_files_of_any_kind_are_the_same_hit(sound, tmp_path, width, channels
         data[44:] = np.repeat(numbers, channels).astype("<f4").tobytes()
         data[16], data[20:22] = 40, b"\xfe\xff"
         data[36:36] = bytes(8) + b"\x03" + bytes(15)
+        data[4:8] = (len(data) - 8).to_bytes(4, "little")
         (tmp_path / "b.wav").write_bytes(data)
         again = sound.read_wav(tmp_path / "b.wav")
         assert (again[-9000:] - got[-9000:]).abs().max() < 1e-3
@@ -105,7 +104,6 @@ def test_files_that_hold_no_hit_are_named(narrow, few, tmp_path):
     wav(root / "class/short.wav", np.ones((1, 1)), 2)
     out = works(narrow / "main.py", *SMALL, "--data", root, "--steps", 1)
     assert "4 files skipped" in out and "a silence.wav: silence" in out and "class 1" in out
-    fails(narrow / "main.py", *SMALL, "--data", tmp_path / "nowhere", words=["nowhere"])
 
 
 # ---- the two commands ----
@@ -136,8 +134,6 @@ def test_a_reader_s_own_sounds_and_resume_bit_for_bit(narrow, few, tmp_path):
     works(narrow / "visual.py", "--checkpoint", tmp_path / "a/checkpoint.pt", "--label", "low",
           "--export", tmp_path / "x", "--n", 3)
     assert np.load(tmp_path / "x.npz")["images"].shape == (3, 64, 64)
-    fails(narrow / "visual.py", "--checkpoint", tmp_path / "a/checkpoint.pt", "--label", "kick",
-          words=["high, low"])
 
 
 def test_shipped_weights_draw_the_drum_asked_for(tmp_path):

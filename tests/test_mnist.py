@@ -128,12 +128,6 @@ def test_a_kill_leaves_a_whole_checkpoint_and_a_pipe_shows_each_line(tmp_path):
     assert read(tmp_path / "a")["step"] > 0
 
 
-def test_minutes(quick, tmp_path):
-    works(quick, *SMALL, "--minutes", 0.05, "--out", tmp_path / "a")
-    assert 3 <= read(tmp_path / "a")["seconds"] < 10
-    assert "nothing left" in works(quick, "--resume", tmp_path / "a/checkpoint.pt")
-
-
 # ---- data ----
 @pytest.fixture
 def mnist(tmp_path):
