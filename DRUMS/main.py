@@ -432,7 +432,7 @@ def main():
     parser = argparse.ArgumentParser()
     devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     add = parser.add_argument
-    add("--minutes", dest="length", type=float, default=5, help="how long to train [5]")
+    add("--minutes", dest="length", type=float, default=5.0, help="how long to train [5]")
     add("--steps", dest="length", type=int, help="or how many steps; repeatable on a CPU")
     add("--batch-size", type=int, default=16, help="images a step [16]")
     add("--lr", type=float, default=4e-3, help="peak learning rate [4e-3]")
