@@ -76,7 +76,7 @@ def main():
             test = torch.arange(len(images)) % hits // 5 % 5 == 0
         unseen, unseen_labels = images[test], labels[test]
         images, labels = images[~test], labels[~test]
-    judge = train(images, labels, epochs=15 if folder == "DRUMS" else 4)
+    judge = train(images, labels, epochs=8 if folder == "DRUMS" else 4)
     reference, real = look(judge, unseen, unseen_labels)
     features, share = look(judge, pixels, wanted)
     some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:len(pixels)]
