@@ -16,6 +16,7 @@ def opened(file=None):
     """A window's axis, and a step after an event: a key, or a kind and its place."""
     play = load("PUSHT", "play")
     torch.manual_seed(0)
+    play.plt.close("all")
     canvas = play.plt.figure().canvas
     drivers = [(name, "b", play.Model(ROOT / f"PUSHT/{weights}.pt", FLAGS)) for name, weights in
                (("diffusion", "pretrained"), ("regression", "regression"))]

@@ -74,7 +74,8 @@ def test_the_algorithms_on_the_page_are_those_of_the_code():
 
 def test_the_transformer_in_the_folder_s_readme_takes_the_unet_s_place():
     names = vars(load("MNIST")).copy()
-    exec(re.search(r"```python\n(class UNet.*?)```", (ROOT / "MNIST/README.md").read_text(), re.S)[1], names)
+    page = (ROOT / "MNIST/README.md").read_text()
+    exec(re.search(r"```python\n(class UNet.*?)```", page, re.S)[1], names)
     net = names["UNet"](10, None).eval()
     x, t, y = torch.randn(2, 1, 28, 28), torch.tensor([10, 900]), torch.tensor([1, 2])
     assert (net(x, t, y) == 0).all()
