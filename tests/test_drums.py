@@ -34,7 +34,7 @@ def few(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def narrow(tmp_path_factory):
-    """DRUMS/ in another folder, its net narrow, its T 20, its variations few."""
+    """DRUMS/ in another folder, its net narrow, its T 20."""
     return copied(tmp_path_factory.mktemp("copy") / "DRUMS", ("T = 1000 ", "T = 20 "),
                   ("(16, 32, 48, 64)", "(8, 8, 8, 8)"), ("PICTURES = 6000", "PICTURES = 400"),
                   source="DRUMS")
