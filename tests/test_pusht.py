@@ -93,7 +93,7 @@ def test_stopped_and_resumed_is_the_same_run_and_broken_files_are_one_line(train
     fails(VISUAL, "--driven", 17)
 
 
-def test_recorded_episodes_are_read_alone_and_beside_the_expert_s(trained, tmp_path):
+def test_recorded_episodes_are_read(trained, tmp_path):
     script, file = trained[0] / "main.py", tmp_path / "mine.npz"
     parts = load("PUSHT", "world").demonstrations(3)
     parts = [part[:, :32] for part in parts[:3]] + [torch.tensor([32, 20, 16])]
@@ -104,8 +104,8 @@ def test_recorded_episodes_are_read_alone_and_beside_the_expert_s(trained, tmp_p
     assert "3 demonstrations, 23 plans" in out
     works(script, "--resume", tmp_path / "a/checkpoint.pt", "--steps", 6)
     assert read(tmp_path / "a")["step"] == 6
-    out = works(script, *small, "--steps", 1, "--episodes", 2, "--init",
-                tmp_path / "a/checkpoint.pt")
+    out = works(script, *small, "--steps", 1, "--episodes", 2, "--out", tmp_path / "b",
+                "--init", tmp_path / "a/checkpoint.pt")
     assert "5 demonstrations" in out
     works(trained[0] / "visual.py", "copying", "--checkpoint", tmp_path / "a/checkpoint.pt")
     fails(script, *small, "--init", "PUSHT/pretrained.pt", words=["its net is"])
