@@ -131,7 +131,7 @@ def read_hits(root):
 
 
 def read_wav(path):
-    """The hit in a .wav file, (L,): mono, 16 kHz, its peak 1, two seconds after LEAD of silence."""
+    """The hit in a .wav file, (L,): mono, 16 kHz, its peak 1, after LEAD of silence."""
     with open(path, "rb") as file:
         data = bytearray(file.read(2 ** 24))
     if data[:4] != b"RIFF":
