@@ -8,7 +8,6 @@ has to find one.
 import glob
 import io
 import math
-import sys
 import unicodedata
 import wave
 from pathlib import Path
@@ -24,6 +23,10 @@ LENGTH = HOP * (SIZE - 1)   # of the sound of a picture, one second
 DECIBELS = 80           # from black to white
 FULL = (WINDOW / 4) ** 2    # power of a tone of amplitude 1, white
 LEAD = WINDOW // 2      # silence before a hit
+
+
+class UserError(ValueError):
+    """What a user can put right: `run` prints it as one line."""
 
 
 # ---- Sound to picture, and back ----
@@ -126,7 +129,7 @@ def read_hits(root):
     if skipped:
         print(f"{len(skipped)} files skipped, the first is {skipped[0]}")
     if not hits:
-        sys.exit(f"error: --data {root}: no .wav file in a sub-folder of it")
+        raise UserError(f"--data {root}: no .wav file in a sub-folder of it")
     return hits, names
 
 

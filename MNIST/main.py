@@ -1,47 +1,45 @@
-"""Denoising diffusion on MNIST, from scratch: noise schedule, UNet, sampler, training loop.
+"""Denoising diffusion on MNIST, from scratch: noise schedule, UNet, sampler, training.
 
     python main.py                  train for 5.5 minutes (two CPU cores are enough)
     python main.py --minutes 30     longer; Ctrl-C saves and stops; --resume FILE goes on
     python visual.py                watch digits come out of noise
 
-Method: DDPM (arXiv:2006.11239) with the cosine schedule (arXiv:2102.09672), the DDIM sampler
-(arXiv:2010.02502), the v target (arXiv:2202.00512) and classifier-free guidance (arXiv:2207.12598).
-Symbols are the papers': x_0 an image in [-1, 1], t = 1..T the noise level, x_t the image at that
-level, eps the noise in it, y the class, a hat for what the net believes.
+Method: DDPM (arXiv:2006.11239), the cosine schedule (2102.09672), the DDIM sampler (2010.02502),
+the v target (2202.00512), classifier-free guidance (2207.12598). Symbols are the papers': x_0 an
+image in [-1, 1], t = 1..T the noise level, x_t the image at t, eps the noise in it, y the class,
+a hat for what the net believes.
 """
 import argparse
+import contextlib
 import copy
 import math
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
 import torchvision
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 # ---- Config: what a reader would play with ----
-T = 1000                # noise levels
-SCHEDULE = "cosine"     # or "linear", as in DDPM, or "flow"
-TARGET = "v"            # what the net predicts: "v", "eps", "x0" or "flow"
+T = 1000            # noise levels
+SCHEDULE = "cosine"  # or "linear", as in DDPM, or "flow"
+TARGET = "v"        # what the net predicts: "v", "eps", "x0" or "flow"
 CHANNELS = (16, 32, 64)     # at 28 x 28, 14 x 14, 7 x 7
-LABEL_DROPOUT = 0.1     # share of training images whose class is hidden
-WARMUP = 100            # steps up to the peak learning rate; then a cosine down to zero
-SAMPLE_STEPS = 20       # how many of the T levels are visited
-ETA = 1.0               # 1 is DDPM, 0 is DDIM
-GUIDANCE = 0.3          # w of classifier-free guidance; 0 is off
-GUIDED = (0.4, 0.9)     # the shares of T between which it acts
-LOG_EVERY = 100         # steps between two points of the loss curve
-SAVE_SECONDS = 30       # between two checkpoints with a grid of samples
+LABEL_DROPOUT = 0.1  # share of images whose class is hidden
+MINUTES = 5.5       # of training
+WARMUP = 100        # steps to the peak learning rate
+SAMPLE_STEPS = 20   # how many of the T levels are visited
+ETA = 1.0           # 1 is DDPM, 0 is DDIM
+GUIDANCE = 0.3      # w of classifier-free guidance; 0 is off
+GUIDED = (0.4, 0.9)  # the shares of T between which it acts
+LOG_EVERY = 100     # steps between two losses
+SAVE_SECONDS = 30   # between two saves
 
 HERE = Path(__file__).resolve().parent
 CLASSES = list("0123456789")
@@ -52,16 +50,20 @@ NULL = -1               # the label of any class
 def load_data(data=None):
     """Images uint8 (N, 1, 28, 28), labels int64 (N,), the classes' names, a description.
 
-    data: a folder with MNIST/raw in it; "embedded" for digits.png, which is used offline too;
-    None for data/ here, downloaded once.
+    data: a folder with MNIST/raw in it; None: data/ here, downloaded once; "embedded": digits.png.
     """
     if data != "embedded":
-        mnist = find_mnist(data)
-        if mnist:
+        socket.setdefaulttimeout(20)  # seconds of silence
+        try:
+            mnist = torchvision.datasets.MNIST(data or HERE / "data", download=not data)
             return mnist.data[:, None], mnist.targets, CLASSES, f"MNIST, {len(mnist.data):,} digits"
+        except Exception as error:
+            if data:
+                raise UserError(f"no MNIST in {data}/MNIST/raw, unpacked: {error}") from error
+            print(f"no MNIST ({error}): training on the 5,000 embedded digits instead")
 
-    page = torchvision.transforms.functional.pil_to_tensor(Image.open(HERE / "digits.png"))
-    images = page.unfold(1, 28, 28).unfold(2, 28, 28).reshape(-1, 1, 28, 28)  # class by class
+    page = torchvision.io.read_image(str(HERE / "digits.png"))
+    images = page.unfold(1, 28, 28).unfold(2, 28, 28).reshape(-1, 1, 28, 28)
     labels = torch.arange(10).repeat_interleave(500)
     return images, labels, CLASSES, "MNIST's 5,000 embedded digits"
 
@@ -71,39 +73,57 @@ def noise_schedule(name, T):
     """alpha_bar, float64 (T + 1,): the share of x_0's variance left at t = 0..T.
 
     linear: DDPM, Section 4. cosine: improved DDPM, Eq. 17. flow: the straight line
-    (1 - t/T) x_0 + (t/T) eps, scaled to variance 1. beta is clipped at 0.999.
+    (1 - t/T) x_0 + (t/T) eps, scaled to variance 1. beta is at most 0.999.
     """
     s = torch.arange(T + 1, dtype=torch.float64) / T
     if name == "linear":
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+        beta = torch.linspace(0.02, 1e-4, T, dtype=torch.float64).flip(0) * (1000 / T)
     else:
         left = {"cosine": torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2,
                 "flow": (1 - s) ** 2 / ((1 - s) ** 2 + s ** 2)}[name]
-        beta = (1 - left[1:] / left[:-1]).clamp(max=0.999)
-    return F.pad(torch.cumprod(1 - beta, dim=0), (1, 0), value=1.0)  # DDPM, text above Eq. 4
+        beta = 1 - left[1:] / left[:-1]
+    alpha = 1 - beta.clamp(max=0.999)
+    return F.pad(torch.cumprod(alpha, dim=0), (1, 0), value=1.0)  # DDPM, text above Eq. 4
+
+
+def cos_sin(alpha_bar, t, x):
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t, an int or (B,), as factors of x."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    return (a ** 0.5).to(x), ((1 - a) ** 0.5).to(x)
 
 
 def q_sample(x_0, t, eps, alpha_bar):
     """x_t drawn from q(x_t | x_0), DDPM Eq. 4. x_0, eps: (B, C, H, W); t: int64 (B,)."""
-    a = alpha_bar[t].view(-1, 1, 1, 1)
-    return a ** 0.5 * x_0 + (1 - a) ** 0.5 * eps
+    cos, sin = cos_sin(alpha_bar, t, x_0)
+    return cos * x_0 + sin * eps
 
 
 def to_target(x_0, t, eps, alpha_bar, target):
     """What the net is to predict; arguments as in q_sample. v: Salimans & Ho 2022, Section 4."""
-    a = alpha_bar[t].view(-1, 1, 1, 1)
-    return {"x0": x_0,
-            "eps": eps,
-            "v": a ** 0.5 * eps - (1 - a) ** 0.5 * x_0,
-            "flow": eps - x_0}[target]
+    cos, sin = cos_sin(alpha_bar, t, x_0)
+    if target == "x0":
+        return x_0
+    if target == "eps":
+        return eps
+    if target == "v":
+        return cos * eps - sin * x_0
+    if target == "flow":
+        return eps - x_0
+    raise ValueError(f"no target {target}")
 
 
-def to_x0(output, x_t, a, target):
-    """x0_hat from the net's output. a: alpha_bar at t, one number: all images share t."""
-    return {"x0": output,
-            "eps": (x_t - (1 - a) ** 0.5 * output) / a ** 0.5,
-            "v": a ** 0.5 * x_t - (1 - a) ** 0.5 * output,
-            "flow": (x_t - (1 - a) ** 0.5 * output) / (a ** 0.5 + (1 - a) ** 0.5)}[target]
+def to_x0(x_t, t, output, alpha_bar, target):
+    """The way back: x0_hat from x_t and the net's output, both (B, C, H, W)."""
+    cos, sin = cos_sin(alpha_bar, t, x_t)
+    if target == "x0":
+        return output
+    if target == "eps":
+        return (x_t - sin * output) / cos
+    if target == "v":
+        return cos * x_t - sin * output
+    if target == "flow":
+        return (x_t - sin * output) / (cos + sin)
+    raise ValueError(f"no target {target}")
 
 
 # ---- The network: image in, image out, told t and y ----
@@ -119,7 +139,7 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Self-attention over the places of a feature map, one head, residual."""
+    """Self-attention over the places of a feature map, one head."""
 
     def __init__(self, channels):
         super().__init__()
@@ -128,23 +148,21 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
-        weights = (q.transpose(1, 2) @ k / C ** 0.5).softmax(-1)  # (B, H*W, H*W)
-        h = v @ weights.transpose(1, 2)  # (B, C, H*W)
-        return x + self.out(h.reshape(B, C, H, W))
+        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # (B, C, H*W)
+        weights = (q.transpose(1, 2) @ k / k.shape[1] ** 0.5).softmax(-1)  # (B, H*W, H*W)
+        h = v @ weights.transpose(1, 2)
+        return x + self.out(h.view_as(x))
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut; t and y enter as scale and shift between them."""
+    """Two convolutions beside a shortcut; between them t and y scale and shift."""
 
-    def __init__(self, c_in, c_out, c_emb, attention=False, dropout=0.0):
+    def __init__(self, c_in, c_out, c_emb, attention=False):
         super().__init__()
         self.norm1 = group_norm(c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(c_emb, 2 * c_out)
         self.norm2 = group_norm(c_out, affine=False)
-        self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out) if attention else nn.Identity()
@@ -153,14 +171,14 @@ class Block(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.emb(emb)[:, :, None, None].chunk(2, dim=1)  # (B, c_out, 1, 1)
         h = (1 + scale) * self.norm2(h) + shift  # Dhariwal & Nichol 2021, Section 3.1
-        h = self.conv2(self.dropout(F.silu(h)))
+        h = self.conv2(F.silu(h))
         return self.attention(self.skip(x) + h)
 
 
 class UNet(nn.Module):
     """Predicts TARGET from x_t: down to coarse, then up, beside what the way down gave.
 
-    forward(x_t, t, y): x_t (B, 1, 28, 28); t int64 (B,) in 1..T; y int64 (B,), a class or NULL.
+    forward(x_t, t, y): x_t (B, C, H, W); t int64 (B,) in 1..T; y int64 (B,), a class or NULL.
     """
 
     def __init__(self, classes, channels):
@@ -217,18 +235,21 @@ def autocast(device):
 
 
 @torch.no_grad()
-def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, guidance=GUIDANCE,
-           known=None, generator=None):
-    """Walk from noise x_T (B, C, H, W) to images of the classes y (B,): yields (t, x_t, x0_hat).
+def walk(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, guidance=GUIDANCE,
+         guided=GUIDED, clamp=1.0, known=None, generator=None):
+    """From noise x_T (B, C, H, W) to images of the classes y (B,): yields (t, x_t, x0_hat).
 
     steps: how many of the levels T..1 are visited.
     eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
-    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL), and so for any target.
+    guidance: w in eps_hat = (1 + w) eps(y) - w eps(NULL), and so for any target;
+    guided: it acts between these shares of T.
+    clamp: x0_hat is cut to [-clamp, clamp]; None leaves it.
     known: (mask, x_0), each like x_T: where the mask is true, x_0 is held fixed.
     """
+    alpha_bar = alpha_bar.double().cpu()
     T = len(alpha_bar) - 1
     steps = min(steps, T)
-    levels = [round(T * i / steps) for i in range(steps, -1, -1)]  # T, ..., 0
+    levels = [round(T * i / steps) for i in range(steps, -1, -1)]
     x_t = x_T
     for t, t_prev in zip(levels, levels[1:]):
         a = alpha_bar[t].item()
@@ -238,10 +259,12 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, g
         # the net's guess
         with autocast(x_t.device):
             output = net(x_t, ts, y)
-            if guidance and GUIDED[0] * T < t <= GUIDED[1] * T:
+            if guidance and guided[0] * T < t <= guided[1] * T:
                 any_class = net(x_t, ts, torch.full_like(y, NULL))
                 output = (1 + guidance) * output - guidance * any_class
-        x0_hat = to_x0(output.to(x_t.dtype), x_t, a, target).clamp(-1, 1)
+        x0_hat = to_x0(x_t, t, output.to(x_t.dtype), alpha_bar, target)
+        if clamp:
+            x0_hat = x0_hat.clamp(-clamp, clamp)
         if known:
             x0_hat = torch.where(*known, x0_hat)
         eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5  # what x0_hat leaves of x_t
@@ -254,269 +277,224 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, g
     yield 0, x_t, x_t
 
 
-def draw_samples(net, shape, alpha_bar, path):
-    """A picture of two images of each class, from the same noise each time."""
-    device = alpha_bar.device
-    y = torch.arange(net.label.num_embeddings - 1, device=device)[:10].repeat(2)
-    x_T = torch.randn(len(y), *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    generator = torch.Generator(device).manual_seed(0)
-    for _, x_0, _ in sample(net, x_T, y, alpha_bar, generator=generator):
-        pass  # the last one is x_0
-    path.parent.mkdir(exist_ok=True)
-    torchvision.utils.save_image(x_0, path, nrow=len(y) // 2, normalize=True, value_range=(-1, 1))
+def sample(net, x_T, y, alpha_bar, target=TARGET, **options):
+    """x_0 (B, C, H, W), where the walk ends; arguments as in walk."""
+    for _, x_t, _ in walk(net, x_T, y, alpha_bar, target, **options):
+        x_0 = x_t
+    return x_0
 
 
 # ---- Training ----
-def train(args, checkpoint, path, device):
-    """Algorithm 1 of DDPM; saves to path, and draws grids into samples/ beside it."""
-    # data
+def training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay, target=TARGET):
+    """Algorithm 1 of DDPM, once, with the learning rate lr. Returns the loss, a tensor.
+
+    x_0: (B, C, H, W); y: what the net is told; ema: the average net, which keeps the share decay.
+    """
+    # noise levels and noise
+    t = torch.randint(1, len(alpha_bar), (len(x_0),), device=x_0.device)
+    eps = torch.randn_like(x_0)
+    x_t = q_sample(x_0, t, eps, alpha_bar)
+
+    # descend on the squared error: for eps, DDPM Eq. 14
+    optimizer.zero_grad()
+    with autocast(x_0.device):
+        output = net(x_t, t, y)
+    loss = F.mse_loss(output.float(), to_target(x_0, t, eps, alpha_bar, target))
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+    for p_ema, p in zip(ema.parameters(), net.parameters()):
+        p_ema.lerp_(p.detach(), 1 - decay)
+    return loss.detach()
+
+
+def train(args, checkpoint, path):
+    """Step after step, saved to path."""
+    device = args.device
     images, labels, classes, source = load_data(args.data)
     images = images.to(device)
     labels = labels.to(device)
 
     # net, average, optimizer
-    torch.manual_seed(args.seed)
+    before = checkpoint or dict(step=0, seconds=0.0, history=[])
+    step = before["step"]
+    seconds = before["seconds"]
+    history = before["history"]
+    torch.manual_seed(args.seed + step)
     config = dict(T=T, schedule=SCHEDULE, target=TARGET, size=images.shape[2], classes=classes,
                   net=dict(classes=len(classes), channels=CHANNELS))
+    net, ema, optimizer = build(config, checkpoint, device)
     alpha_bar = noise_schedule(SCHEDULE, T).float().to(device)
-    net = UNet(**config["net"]).to(device)
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
-    step = 0
-    seconds = 0.0
-    history = []
-
-    # go on from a checkpoint
-    if checkpoint:
-        if checkpoint["config"] != config:
-            sys.exit(f"error: {args.resume} was trained with {checkpoint['config']}, not {config}")
-        net.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
-        seconds = checkpoint["seconds"]
-        history = checkpoint["history"]
-        torch.manual_seed(args.seed + step)  # GPU: new numbers
-        torch.set_rng_state(checkpoint["rng"])  # CPU: the next numbers
-
-    # the run's folder, refused now if it can't be written
-    path.parent.mkdir(parents=True, exist_ok=path.exists())
-    tempfile.TemporaryFile(dir=path.parent).close()
-    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
-
-    # Ctrl-C
-    stop = catch_signals()
+    print(f"data: {source}")
 
     B = args.batch_size
     losses = []
     started = time.monotonic() - seconds
-    saved = seconds
-    share = progress(args, step, seconds)
+    saved = seconds or -math.inf
+    share = max(step / args.steps, seconds / 60 / args.minutes)
+    stop = catch_ctrl_c()
     bar = tqdm(initial=B * step, unit=" images", unit_scale=True)
     while share < 1:
-        # Algorithm 1: draw images, noise levels and noise
+        # images, and their classes or NULL: guidance needs both kinds
         i = torch.randint(len(images), (B,), device=device)
         x_0 = images[i].float() / 127.5 - 1
         hidden = torch.rand(B, device=device) < LABEL_DROPOUT
-        y = torch.where(hidden, NULL, labels[i])  # guidance needs both kinds
-        t = torch.randint(1, T + 1, (B,), device=device)
-        eps = torch.randn_like(x_0)
-        x_t = q_sample(x_0, t, eps, alpha_bar)
-        goal = to_target(x_0, t, eps, alpha_bar, TARGET)
+        y = torch.where(hidden, NULL, labels[i])
 
-        # descend on the squared error: for eps, DDPM Eq. 14
-        optimizer.zero_grad()
-        with autocast(device):
-            output = net(x_t, t, y)
-        loss = F.mse_loss(output.float(), goal)
-        loss.backward()
-        losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        # a rate that rises, then falls to 0; an average over the last thirtieth of the run
         lr = args.lr * min((step + 1) / WARMUP, 1) * (1 + math.cos(math.pi * share)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-
-        # average the weights over about the last thirtieth of the run
         decay = (1 + step) / (30 + step)
-        for p_ema, p in zip(ema.parameters(), net.parameters()):
-            p_ema.lerp_(p.detach(), 1 - decay)
+        losses.append(training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay))
 
         # log
         step += 1
         seconds = time.monotonic() - started
-        share = 1 if stop.is_set() else progress(args, step, seconds)
-        save = share == 1 or seconds - saved > SAVE_SECONDS
+        share = max(step / args.steps, seconds / 60 / args.minutes)
+        if stop:
+            share = 1.0
+        save = share >= 1 or seconds - saved > SAVE_SECONDS
         if save or step % LOG_EVERY == 0:
-            mean_loss = torch.stack(losses).mean().item()
+            loss = torch.stack(losses).mean().item()
             losses.clear()
-            if not math.isfinite(mean_loss + norm.item()):
-                sys.exit(f"\nerror: the loss is not finite at step {step}: lower --lr")
-            history.append([step, seconds, mean_loss])
-            bar.total = int(B * step / share)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+            if not math.isfinite(loss):
+                bar.close()
+                raise UserError(f"the loss is not finite at step {step}: lower --lr")
+            history.append([step, seconds, loss])
+            bar.total = int(B * step / min(share, 1))
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
         # save
         if save:
             saved = seconds
-            save_checkpoint(path, dict(
-                config=config, data=source, args=vars(args), torch=str(torch.__version__),
-                step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
-                model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
-            if not stop.is_set():
-                grid = path.parent / "samples" / f"{path.stem}-{step:06d}.png"
-                draw_samples(ema, x_0.shape[1:], alpha_bar, grid)
-
+            state = dict(config=config, args=vars(args), data=source, torch=str(torch.__version__),
+                         step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
+                         model=net.state_dict(), ema=ema.state_dict(),
+                         optimizer=optimizer.state_dict())
+            with writing(path) as part:
+                torch.save(state, part)
         bar.update(B)
     bar.close()
-    print(f"{step} steps, {seconds:.0f} seconds, loss {mean_loss:.4f}")
-    stopped = progress(args, step, seconds) < 1
-    script, flag = ("main.py", "--resume") if stopped else ("visual.py", "--checkpoint")
-    print(f'next: python "{HERE / script}" {flag} "{path}"')
+    print(f'next: python "{HERE / "visual.py"}" --checkpoint "{path}"')
 
 
-# ---- Files and flags: nothing about diffusion ----
-def find_mnist(data):
-    """torchvision's MNIST in the folder data, else in data/ here, fetched; None offline."""
-    root = Path(data or HERE / "data")
-    try:
-        return torchvision.datasets.MNIST(root)
-    except Exception:  # missing or damaged
-        if data:
-            sys.exit(f"error: no whole MNIST in {root}: it needs MNIST/raw/train-images-idx3-ubyte "
-                     "and its three companions, unpacked")
-    socket.setdefaulttimeout(20)  # seconds that a host may be silent
-    try:
-        with tempfile.TemporaryDirectory() as part:
-            mnist = torchvision.datasets.MNIST(part, download=True)
-            if os.access(HERE, os.W_OK):  # a read-only clone does without
-                shutil.copytree(part, root, dirs_exist_ok=True)
-        return mnist
-    except Exception as error:
-        print(f"no MNIST ({error}): training on the 5,000 embedded digits instead")
+# ---- Files and flags ----
+class UserError(ValueError):
+    """What a user can put right: `run` prints it as one line."""
 
 
-def progress(args, step, seconds):
-    """The share of the run that is done. --steps is an int, --minutes a float."""
-    done = step if isinstance(args.length, int) else seconds / 60
-    return min(done / args.length, 1)
+def build(config, checkpoint, device):
+    """(net, its average, optimizer), new or as a checkpoint has them."""
+    net = UNet(**config["net"]).to(device)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
+    if checkpoint:
+        compare(checkpoint["config"], config)
+        net.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+    return net, ema, optimizer
 
 
-def catch_signals():
-    """An event that Ctrl-C, SIGTERM or a closed terminal sets. A second Ctrl-C kills."""
-    stop = threading.Event()
-
-    def handler(*_):
-        stop.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("\nstopping after this step; Ctrl-C again to stop at once")
-
-    for kind in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if kind == signal.SIGINT or signal.getsignal(kind) != signal.SIG_IGN:  # nohup
-            signal.signal(kind, handler)
-    return stop
-
-
-def save_checkpoint(path, checkpoint):
-    """Atomic: at any moment path holds the old file or the new one, whole."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(checkpoint, part)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot save {path}, is the disk full? {error}")
+def compare(there, here):
+    """Refuses a checkpoint of other settings."""
+    for key, value in here.items():
+        if there.get(key, value) != value:
+            raise UserError(f"trained with {key} {there[key]}, here it is {value}")
 
 
 def load_checkpoint(path, device="cpu"):
-    """(checkpoint, its EMA net). weights_only: tensors and plain types; code is never run."""
+    """(checkpoint, its EMA net). weights_only: no code in it is run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         net = UNet(**checkpoint["config"]["net"])
         net.load_state_dict(checkpoint["ema"])
-    except Exception as error:  # missing, damaged or foreign
-        sys.exit(f"error: {path} is no checkpoint of {HERE.name}/main.py: "
-                 + " ".join(f"{type(error).__name__}: {error}".split())[:1000])
+    except Exception as error:
+        raise UserError(f"{path} is no checkpoint of {HERE.name}: {error!r:.400}") from error
     return checkpoint, net.to(device).eval()
 
 
+@contextlib.contextmanager
+def writing(path):
+    """A file that takes path's place when it is whole."""
+    part = path.with_name(f"part-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def catch_ctrl_c():
+    """A list that Ctrl-C fills; a second one kills."""
+    stop = []
+
+    def handler(*_):
+        stop.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, handler)
+    return stop
+
+
 def absolute(path):
-    if not path:
-        raise argparse.ArgumentTypeError("empty")
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def embedded_or_folder(text):
-    return text if text == "embedded" else absolute(text)
+    return path if path == "embedded" else os.path.abspath(os.path.expanduser(path))
 
 
 def main():
     parser = argparse.ArgumentParser()
     devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("--minutes", type=float, default=math.inf, help=f"[{MINUTES}]")
+    length("--steps", type=int, default=math.inf, help="repeatable on a CPU")
     add = parser.add_argument
-    add("--minutes", dest="length", type=float, default=5.5, help="how long to train [5.5]")
-    add("--steps", dest="length", type=int, help="or how many steps; repeatable on a CPU")
-    add("--batch-size", type=int, default=16, help="images a step [16]")
+    add("--batch-size", type=int, default=16, help="[16]")
     add("--lr", type=float, default=4e-3, help="peak learning rate [4e-3]")
-    add("--seed", type=int, default=0, help="[0]")
-    add("--data", type=embedded_or_folder, help='folder with MNIST/raw in it, or "embedded"')
-    add("--out", type=absolute, help="a new folder for the run [runs/TIME here]")
-    add("--resume", type=absolute, metavar="FILE", help="go on in it, with its settings")
+    add("--seed", type=int, default=0)
+    add("--data", type=absolute, help='folder with MNIST/raw in it, or "embedded"')
+    add("--out", type=absolute, help="new folder [runs/TIME here]")
+    add("--resume", type=absolute, help="go on in it, with its settings")
     add("--device", choices=devices, default=devices[0])
     args = parser.parse_args()
+
+    # a new run, or one to go on with
+    out = Path(args.out or HERE / "runs" / time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}"))
+    if out.exists():
+        parser.error(f"--out: {out} exists")
+    path = out / "checkpoint.pt"
     checkpoint = None
-    path = Path(args.out or HERE / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    if path.exists():
-        parser.error(f"--out: {path} exists")
-    path = path / "checkpoint.pt"
+    settings = {"minutes": MINUTES}
     if args.resume:
         checkpoint, _ = load_checkpoint(args.resume)
         if "optimizer" not in checkpoint:
-            parser.error(f"--resume: {args.resume} holds weights only, not a run")
+            parser.error(f"{args.resume} holds weights only, not a run")
         if not args.out:
             path = Path(args.resume)
-        checkpoint["args"]["device"] = args.device
-        parser.set_defaults(**checkpoint["args"])
-    args = parser.parse_args()  # what is not given anew stays
-    if not all(0 < x < math.inf for x in (args.length, args.batch_size, args.lr)):
-        parser.error("--minutes, --steps, --batch-size and --lr must be above 0 and finite")
-    if checkpoint and progress(args, checkpoint["step"], checkpoint["seconds"]) == 1:
-        print(f"nothing left to do: {args.resume} is finished")
-        return
-    train(args, checkpoint, path, torch.device(args.device))
+        settings = checkpoint["args"] | {"device": args.device}
 
-
-class Output:
-    """A stream that ends no run: odd letters are escaped, what can't be written is dropped."""
-
-    def __init__(self, stream):
-        self.inner = stream
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def write(self, text):
-        try:
-            code = self.inner.encoding or "utf-8"
-            self.inner.write(text.encode(code, "backslashreplace").decode(code))
-            self.inner.flush()
-        except Exception:  # closed, or its reader is gone
-            pass
-
-    def flush(self):
-        pass
+    # what is not given anew stays
+    if min(args.minutes, args.steps) < math.inf:
+        settings = settings | {"minutes": math.inf, "steps": math.inf}
+    parser.set_defaults(**settings)
+    args = parser.parse_args()
+    if not (0 < min(args.minutes, args.steps) < math.inf and args.batch_size > 0 < args.lr):
+        parser.error("numbers must be above 0 and finite")
+    train(args, checkpoint, path)
 
 
 def run(main):
-    """Runs a script; errors that users meet are one line."""
-    sys.stdout = Output(sys.stdout)
-    sys.stderr = Output(sys.stderr)
+    """Runs a script; nothing else ends it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-    except OSError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,9 @@
 Takes the newest checkpoint in runs/, else pretrained.pt. Net, schedule and sampler are main.py's.
 """
 import argparse
-import os
-import sys
-import tempfile
 import unicodedata
 from pathlib import Path
 
-os.environ.pop("MPLBACKEND", None)  # a notebook sets one that draws into its page only
-if "--show" not in sys.argv:  # files only: no window
-    os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -27,9 +21,9 @@ from tqdm import tqdm
 from main import HERE
 
 if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
-    sys.exit(f"error: the main.py of {HERE} is loaded: restart the kernel")
-from main import (ETA, GUIDANCE, SAMPLE_STEPS, absolute, embedded_or_folder, load_checkpoint,
-                  load_data, noise_schedule, q_sample, run, sample, to_target)
+    raise ImportError(f"the main.py of {HERE} is loaded: restart the kernel")
+from main import (ETA, GUIDANCE, SAMPLE_STEPS, UserError, absolute, load_checkpoint, load_data,
+                  noise_schedule, q_sample, run, sample, to_target, walk, writing)
 
 TILE = 0.61             # inches a side of an image
 plt.style.use("default")  # whatever matplotlibrc says
@@ -47,14 +41,16 @@ class Model:
         self.classes = config["classes"]
         self.alpha_bar = noise_schedule(config["schedule"], config["T"])
         self.shape = (self.net.stem.in_channels, config["size"], config["size"])
+        self.data = args.data or self.checkpoint.get("args", {}).get("data")
+        self.name = f"{Path(path).parent.name}/{Path(path).name}, step {self.checkpoint['step']}"
+
         self.options = {"steps": min(args.steps, config["T"]), "eta": args.eta,
                         "guidance": args.guidance}
         self.seed = args.seed
         self.device = args.device
-        self.data = args.data or self.checkpoint.get("args", {}).get("data")
         self.label = args.label and unicodedata.normalize("NFC", args.label)
         if self.label and self.label not in self.classes:
-            sys.exit(f"error: --label {self.label}: the classes are {', '.join(self.classes)}")
+            raise UserError(f"--label {self.label}: the classes are {', '.join(self.classes)}")
 
     def labels(self, n):
         """n labels, int64 (n,): the classes in rotation, or --label alone."""
@@ -67,25 +63,28 @@ class Model:
         later = torch.Generator(self.device).manual_seed(self.seed + 1)
         return torch.Generator().manual_seed(self.seed), later
 
-    def walk(self, y, generators=None, **changes):
-        """main.sample for the classes y (B,): yields (t, x_t, x0_hat) on the CPU."""
+    def settings(self, y, generators=None, **changes):
+        """(arguments, options) of main.walk and main.sample for the classes y (B,)."""
         first, later = generators or self.generators()
-        x_T = torch.randn(len(y), *self.shape, generator=first)
-        options = self.options | changes
-        for t, x_t, x0_hat in sample(self.net, x_T.to(self.device), y.to(self.device),
-                                     self.alpha_bar, self.target, generator=later, **options):
+        x_T = torch.randn(len(y), *self.shape, generator=first).to(self.device)
+        arguments = (self.net, x_T, y.to(self.device), self.alpha_bar, self.target)
+        return arguments, {"generator": later} | self.options | changes
+
+    def walk(self, y):
+        """main.walk for the classes y (B,): yields (t, x_t, x0_hat) on the CPU."""
+        arguments, options = self.settings(y)
+        for t, x_t, x0_hat in walk(*arguments, **options):
             yield t, x_t.cpu(), x0_hat.cpu()
 
-    def images(self, y, **changes):
+    def images(self, y, generators=None, **changes):
         """Generated images (B, C, H, W) in [-1, 1] of the classes y (B,)."""
-        for _, x_0, _ in self.walk(y, **changes):
-            pass  # the last one is x_0
-        return x_0
+        arguments, options = self.settings(y, generators, **changes)
+        return sample(*arguments, **options).cpu()
 
     def load(self):
         images, labels, classes, _ = load_data(self.data)
         if classes != self.classes:
-            sys.exit(f"error: the data have other classes: {', '.join(classes)}")
+            raise UserError(f"the data have other classes: {', '.join(classes)}")
         return images, labels
 
     def real(self, y):
@@ -100,11 +99,13 @@ class Model:
 
 def tiled(model, title, images, rows, columns=None, varied=None):
     """A figure of images (rows * columns, C, H, W), row by row; the columns are classes, mostly."""
-    caption = ", ".join(f"{k} {v:g}" for k, v in model.options.items() if k != varied)
+    used = model.options | {"seed": model.seed}
+    caption = ", ".join(f"{name} {value:g}" for name, value in used.items() if name != varied)
     columns = columns or [model.classes[y] for y in model.labels(10)]
+
     figure, axis = plt.subplots(figsize=(TILE * len(columns) + 1, TILE * len(rows) + 1))
     figure.suptitle(title, fontsize=10, wrap=True)
-    figure.supxlabel(caption, fontsize=6.5, color="0.4", wrap=True)
+    figure.supxlabel(f"{caption}; {model.name}", fontsize=6.5, color="0.4", wrap=True)
     draw(axis, images, rows, columns)
     return figure
 
@@ -116,6 +117,7 @@ def draw(axis, images, row_titles, column_titles):
     page = make_grid(images, nrow=len(images) // len(row_titles), padding=pad, normalize=True,
                      value_range=(-1, 1), pad_value=1)
     axis.imshow(page.permute(1, 2, 0).numpy(), interpolation="nearest")
+
     turned = max(map(len, column_titles), default=0) > 8
     axis.set_yticks([pad + H / 2 + i * (H + pad) for i in range(len(row_titles))], row_titles)
     axis.set_xticks([pad + W / 2 + i * (W + pad) for i in range(len(column_titles))], column_titles,
@@ -131,6 +133,7 @@ def reverse(model):
     last = model.options["steps"]
     shown = {round(i * last / 10) for i in range(11)}
     frames = [frame for i, frame in enumerate(model.walk(y)) if i in shown]
+
     levels, x_t, x0_hat = zip(*frames)
     tiles = torch.stack([torch.stack(x_t, 1), torch.stack(x0_hat, 1)], 1)  # (5, 2, 11, C, H, W)
     rows = []
@@ -148,6 +151,7 @@ def animate(model, path):
     level = figure.suptitle("", fontsize=10)
     writer = PillowWriter(fps=8)
     writer.setup(figure, path, dpi=90)
+
     for t, *pair in model.walk(y):
         for axis, images, title in zip(axes, pair, ("x_t", "x0_hat, the net's guess")):
             axis.clear()
@@ -156,9 +160,11 @@ def animate(model, path):
         level.set_text(f"t = {t}")
         writer.grab_frame()
         figure.set_layout_engine("none")  # keep the first: fast
+
     for _ in range(12):  # the last one stays for a while
         writer.grab_frame()
-    writer.finish()
+    with writing(path) as writer.outfile:
+        writer.finish()
     plt.close(figure)
 
 
@@ -168,14 +174,16 @@ def forward(model):
     levels = [round(T * i / 9) for i in range(10)]
     own = model.checkpoint["config"]["schedule"]
     names = list(dict.fromkeys(("linear", "cosine", "flow", own)))
-    figure, (top, bottom) = plt.subplots(2, figsize=(7, 9), height_ratios=[6, 2])
-    figure.suptitle("The forward process: the same noise under each schedule", fontsize=10)
+
     eps = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(model.seed))
     tiles = []
     for x_0 in model.real(model.labels(3)).split(1):
         for name in names:
-            alpha_bar = noise_schedule(name, T).float()
+            alpha_bar = noise_schedule(name, T)
             tiles += [q_sample(x_0, torch.tensor([t]), eps, alpha_bar) for t in levels]
+
+    figure, (top, bottom) = plt.subplots(2, figsize=(7, 9), height_ratios=[6, 2])
+    figure.suptitle("The forward process: the same noise under each schedule", fontsize=10)
     draw(top, torch.cat(tiles), names * 3, [f"t = {t}" for t in levels])
     for name in names:
         bottom.plot(range(T + 1), noise_schedule(name, T), label=name)
@@ -213,6 +221,7 @@ def complete(model):
     x_0 = model.real(y)
     mask = torch.zeros_like(x_0, dtype=torch.bool)
     mask[:, :, :x_0.shape[2] // 2] = True
+
     known = [x.repeat(4, 1, 1, 1).to(model.device) for x in (mask, x_0)]
     made = model.images(y.repeat(4), known=known)
     tiles = torch.cat([x_0, torch.where(mask, x_0, 0), made])
@@ -227,6 +236,7 @@ def neighbours(model):
     distance = torch.cat([torch.cdist(made.flatten(1), part.flatten(1).float() / 127.5 - 1)
                           for part in images.split(5000)], dim=1)  # (10, N)
     nearest = distance.topk(min(3, len(images)), largest=False).indices
+
     tiles = [made] + [images[column].float() / 127.5 - 1 for column in nearest.T]
     return tiled(model, "Is it copying? Generated images and the nearest training images",
                  torch.cat(tiles), ["generated", "nearest", "second", "third"][:len(tiles)])
@@ -236,21 +246,23 @@ def neighbours(model):
 def loss(model):
     """Why the curve looks flat: each level has a floor, below which no net can predict."""
     images, labels = model.load()
-    alpha_bar = model.alpha_bar.float()
-    T = len(alpha_bar) - 1
+    T = len(model.alpha_bar) - 1
     bins = min(20, T)
+
+    # the error of 100 images at levels of each bin
     errors = []
     generator = torch.Generator().manual_seed(model.seed)
-    for k in range(bins):  # 100 images at levels of each bin
+    for k in range(bins):
         t = torch.randint(k * T // bins + 1, (k + 1) * T // bins + 1, (100,), generator=generator)
         i = torch.randint(len(images), t.shape, generator=generator)
         x_0 = images[i].float() / 127.5 - 1
         eps = torch.randn(x_0.shape, generator=generator)
-        x_t = q_sample(x_0, t, eps, alpha_bar)
+        x_t = q_sample(x_0, t, eps, model.alpha_bar)
         inputs = [x.to(model.device) for x in (x_t, t, labels[i])]
         output = model.net(*inputs).cpu()
-        goal = to_target(x_0, t, eps, alpha_bar, model.target)
-        errors.append((output - goal).square().mean().item())
+        wanted = to_target(x_0, t, eps, model.alpha_bar, model.target)
+        errors.append((output - wanted).square().mean().item())
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2))
     step, _, value = np.array(model.checkpoint["history"]).T
     left.plot(step / 1000, value)
@@ -268,13 +280,12 @@ def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
     y = model.labels(n)
     generators = model.generators()
-    with tempfile.TemporaryDirectory(dir=path.parent) as part:  # whole, or not at all
-        chunks = [model.images(labels, generators=generators)
-                  for labels in tqdm(y.split(batch), "exporting")]
-        pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        np.savez_compressed(Path(part) / path.name, labels=y.numpy(),
+    chunks = [model.images(labels, generators=generators)
+              for labels in tqdm(y.split(batch), "exporting")]
+    pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    with writing(path) as part:
+        np.savez_compressed(part, labels=y.numpy(),
                             images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy())
-        os.rename(Path(part) / path.name, path)
     print(path)
 
 
@@ -292,7 +303,7 @@ def main():
     add("--seed", type=int, default=0, help="of the noise [%(default)s]")
     add("--device", choices=devices, default=devices[0], help="[%(default)s]")
     add("--checkpoint", type=absolute, default=newest, help="[newest in runs/, else pretrained.pt]")
-    add("--data", type=embedded_or_folder, help="as main.py's [what the net was trained on]")
+    add("--data", type=absolute, help="as main.py's [what the net was trained on]")
     add("--out", type=absolute, default=HERE / "figures", help="folder for them [figures/ here]")
     add("--show", action="store_true", help="open a window for each figure too")
     add("--export", type=absolute, metavar="FILE.npz", help="write images as arrays instead")
@@ -303,20 +314,26 @@ def main():
         parser.error(f"no such figure: there are {', '.join(FIGURES)} and all")
     if not (args.steps > 0 and 0 <= args.eta <= 1 and 0 <= args.guidance < 1e6 and args.n > 0):
         parser.error("--steps and --n are above zero, --eta is 0 to 1, --guidance not below zero")
+    if not args.show:
+        plt.switch_backend("Agg")  # files only: no window
+
     model = Model(args.checkpoint, args)
-    print(f"checkpoint: {args.checkpoint}")
+    print(f"checkpoint: {model.name}")
     if args.export:
-        path = Path(args.export if args.export.endswith(".npz") else args.export + ".npz")
-        if path.exists():
-            parser.error(f"--export: {path} exists")
-        return export(model, path, args.n)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+        arrays = Path(args.export.removesuffix(".npz") + ".npz")
+        if arrays.exists():
+            parser.error(f"--export: {arrays} exists")
+        return export(model, arrays, args.n)
+
     for name in names:
-        FIGURES[name](model).savefig(out / f"{name}.png", bbox_inches="tight")
-        print(out / f"{name}.png", "and .gif" if name == "reverse" else "")
+        picture = Path(args.out, f"{name}.png")
+        figure = FIGURES[name](model)
+        with writing(picture) as part:
+            figure.savefig(part, bbox_inches="tight")
+        print(picture)
         if name == "reverse":
-            animate(model, out / "reverse.gif")
+            animate(model, picture.with_suffix(".gif"))
+            print(picture.with_suffix(".gif"))
     if args.show:
         plt.show()
 

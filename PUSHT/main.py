@@ -1,21 +1,19 @@
-"""A diffusion policy for Push-T, from scratch: noise schedule, UNet, sampler, training loop, robot.
+"""A diffusion policy for Push-T, from scratch: noise schedule, UNet, sampler, training, robot.
 
     python main.py                  an expert's demonstrations, training, 200 unseen starts
     python main.py --regression     the same net learns the average plan instead
-    python main.py --minutes 30     longer; Ctrl-C saves and stops; --resume FILE goes on
     python visual.py                watch a plan come out of noise
 
 Method: Diffusion Policy (arXiv:2303.04137). This is MNIST/main.py, but x_0 is a plan, the disc's
 next positions in [-1, 1], and y is what the robot sees. Symbols are the papers'.
 """
 import argparse
+import contextlib
 import copy
 import math
 import os
 import signal
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -25,32 +23,31 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import world
+from world import UserError
 
 # ---- Config: what a reader would play with ----
-T = 1000                # noise levels
-SCHEDULE = "cosine"     # or "linear", as in DDPM, or "flow"
-TARGET = "v"            # what the net predicts: "v", "eps", "x0" or "flow"
+T = 1000            # noise levels
+SCHEDULE = "cosine"  # or "linear", as in DDPM, or "flow"
+TARGET = "v"        # what the net predicts: "v", "eps", "x0" or "flow"
 CHANNELS = (32, 64, 64)     # at 16, 8, 4 points of a plan
-HORIZON = 16            # points of a plan, one a control step; a multiple of 4
-DRIVEN = 4              # how many are driven before the robot looks again
-WARMUP = 100            # steps up to the peak learning rate; then a cosine down to zero
-SAMPLE_STEPS = 5        # how many of the T levels are visited
-ETA = 0.0               # 1 is DDPM, 0 is DDIM
-LOG_EVERY = 100         # steps between two points of the loss curve
-SAVE_SECONDS = 30       # between two checkpoints
+HORIZON = 16        # points of a plan, one a control step; a multiple of 4
+DRIVEN = 4          # how many are driven before the robot looks again
+MINUTES = 4.5       # of training
+WARMUP = 100        # steps to the peak learning rate
+SAMPLE_STEPS = 5    # how many of the T levels are visited
+ETA = 0.0           # 1 is DDPM, 0 is DDIM
+LOG_EVERY = 100     # steps between two losses
+SAVE_SECONDS = 30   # between two saves
 
 HERE = Path(__file__).resolve().parent
-REACH = 5.0             # world units that a 1 in a plan stands for
-SIGHT = 4.0             # and in y
-WAVES = 5               # sines and cosines of each number of y
+REACH = 5.0         # world units that a 1 in a plan stands for
+SIGHT = 4.0         # and in y
+WAVES = 5           # sines and cosines of each number of y
 
 
 # ---- Data: 16 commands of an expert in a row, and what it saw ----
 def load_data(episodes, data=None):
-    """Plans float32 (N, 2, 1, 16), observations float32 (N, 8), a line that describes them.
-
-    A plan is a picture two colours deep and one pixel high, so that MNIST's net serves.
-    """
+    """Plans float32 (N, 2, 1, 16), like pictures; observations float32 (N, 8); a description."""
     parts = []
     if data:
         parts.append(world.read_episodes(data, HORIZON))
@@ -87,39 +84,57 @@ def noise_schedule(name, T):
     """alpha_bar, float64 (T + 1,): the share of x_0's variance left at t = 0..T.
 
     linear: DDPM, Section 4. cosine: improved DDPM, Eq. 17. flow: the straight line
-    (1 - t/T) x_0 + (t/T) eps, scaled to variance 1. beta is clipped at 0.999.
+    (1 - t/T) x_0 + (t/T) eps, scaled to variance 1. beta is at most 0.999.
     """
     s = torch.arange(T + 1, dtype=torch.float64) / T
     if name == "linear":
-        beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+        beta = torch.linspace(0.02, 1e-4, T, dtype=torch.float64).flip(0) * (1000 / T)
     else:
         left = {"cosine": torch.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2,
                 "flow": (1 - s) ** 2 / ((1 - s) ** 2 + s ** 2)}[name]
-        beta = (1 - left[1:] / left[:-1]).clamp(max=0.999)
-    return F.pad(torch.cumprod(1 - beta, dim=0), (1, 0), value=1.0)  # DDPM, text above Eq. 4
+        beta = 1 - left[1:] / left[:-1]
+    alpha = 1 - beta.clamp(max=0.999)
+    return F.pad(torch.cumprod(alpha, dim=0), (1, 0), value=1.0)  # DDPM, text above Eq. 4
+
+
+def cos_sin(alpha_bar, t, x):
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) at t, an int or (B,), as factors of x."""
+    a = alpha_bar[t].view(-1, 1, 1, 1)
+    return (a ** 0.5).to(x), ((1 - a) ** 0.5).to(x)
 
 
 def q_sample(x_0, t, eps, alpha_bar):
     """x_t drawn from q(x_t | x_0), DDPM Eq. 4. x_0, eps: (B, C, H, W); t: int64 (B,)."""
-    a = alpha_bar[t].view(-1, 1, 1, 1)
-    return a ** 0.5 * x_0 + (1 - a) ** 0.5 * eps
+    cos, sin = cos_sin(alpha_bar, t, x_0)
+    return cos * x_0 + sin * eps
 
 
 def to_target(x_0, t, eps, alpha_bar, target):
     """What the net is to predict; arguments as in q_sample. v: Salimans & Ho 2022, Section 4."""
-    a = alpha_bar[t].view(-1, 1, 1, 1)
-    return {"x0": x_0,
-            "eps": eps,
-            "v": a ** 0.5 * eps - (1 - a) ** 0.5 * x_0,
-            "flow": eps - x_0}[target]
+    cos, sin = cos_sin(alpha_bar, t, x_0)
+    if target == "x0":
+        return x_0
+    if target == "eps":
+        return eps
+    if target == "v":
+        return cos * eps - sin * x_0
+    if target == "flow":
+        return eps - x_0
+    raise ValueError(f"no target {target}")
 
 
-def to_x0(output, x_t, a, target):
-    """x0_hat from the net's output. a: alpha_bar at t, one number: all images share t."""
-    return {"x0": output,
-            "eps": (x_t - (1 - a) ** 0.5 * output) / a ** 0.5,
-            "v": a ** 0.5 * x_t - (1 - a) ** 0.5 * output,
-            "flow": (x_t - (1 - a) ** 0.5 * output) / (a ** 0.5 + (1 - a) ** 0.5)}[target]
+def to_x0(x_t, t, output, alpha_bar, target):
+    """The way back: x0_hat from x_t and the net's output, both (B, C, H, W)."""
+    cos, sin = cos_sin(alpha_bar, t, x_t)
+    if target == "x0":
+        return output
+    if target == "eps":
+        return (x_t - sin * output) / cos
+    if target == "v":
+        return cos * x_t - sin * output
+    if target == "flow":
+        return (x_t - sin * output) / (cos + sin)
+    raise ValueError(f"no target {target}")
 
 
 # ---- The network: plan in, plan out, told t and y ----
@@ -139,7 +154,7 @@ def zero_init(layer):
 
 
 class Attention(nn.Module):
-    """Self-attention over the places of a feature map, one head, residual."""
+    """Self-attention over the places of a feature map, one head."""
 
     def __init__(self, channels):
         super().__init__()
@@ -148,15 +163,14 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x):
-        B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).unbind(1)
-        weights = (q.transpose(1, 2) @ k / C ** 0.5).softmax(-1)  # (B, H*W, H*W)
-        h = v @ weights.transpose(1, 2)  # (B, C, H*W)
-        return x + self.out(h.reshape(B, C, H, W))
+        q, k, v = self.qkv(self.norm(x)).flatten(2).chunk(3, dim=1)  # (B, C, H*W)
+        weights = (q.transpose(1, 2) @ k / k.shape[1] ** 0.5).softmax(-1)  # (B, H*W, H*W)
+        h = v @ weights.transpose(1, 2)
+        return x + self.out(h.view_as(x))
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut; t and y enter as scale and shift between them."""
+    """Two convolutions beside a shortcut; between them t and y scale and shift."""
 
     def __init__(self, c_in, c_out, c_emb, attention=False):
         super().__init__()
@@ -240,17 +254,18 @@ def autocast(device):
 
 
 @torch.no_grad()
-def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, known=None,
-           generator=None):
-    """Walk from noise x_T (B, C, H, W) to plans for y (B, 8): yields (t, x_t, x0_hat).
+def walk(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, clamp=1.0,
+         generator=None):
+    """From noise x_T (B, C, H, W) to plans for y (B, 8): yields (t, x_t, x0_hat).
 
     steps: how many of the levels T..1 are visited.
     eta = 1 with steps = T is DDPM (Algorithm 2, variance beta_tilde); eta = 0 is DDIM (Eq. 12).
-    known: (mask, x_0), each like x_T: where the mask is true, x_0 is held fixed.
+    clamp: x0_hat is cut to [-clamp, clamp]; None leaves it.
     """
+    alpha_bar = alpha_bar.double().cpu()
     T = len(alpha_bar) - 1
     steps = min(steps, T)
-    levels = [round(T * i / steps) for i in range(steps, -1, -1)]  # T, ..., 0
+    levels = [round(T * i / steps) for i in range(steps, -1, -1)]
     x_t = x_T
     for t, t_prev in zip(levels, levels[1:]):
         a = alpha_bar[t].item()
@@ -260,9 +275,9 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, k
         # the net's guess
         with autocast(x_t.device):
             output = net(x_t, ts, y)
-        x0_hat = to_x0(output.to(x_t.dtype), x_t, a, target).clamp(-1, 1)
-        if known:
-            x0_hat = torch.where(*known, x0_hat)
+        x0_hat = to_x0(x_t, t, output.to(x_t.dtype), alpha_bar, target)
+        if clamp:
+            x0_hat = x0_hat.clamp(-clamp, clamp)
         eps_hat = (x_t - a ** 0.5 * x0_hat) / (1 - a) ** 0.5  # what x0_hat leaves of x_t
         yield t, x_t, x0_hat
 
@@ -271,6 +286,13 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, steps=SAMPLE_STEPS, eta=ETA, k
         z = torch.randn(x_t.shape, generator=generator, dtype=x_t.dtype, device=x_t.device)
         x_t = a_prev ** 0.5 * x0_hat + (1 - a_prev - sigma ** 2) ** 0.5 * eps_hat + sigma * z
     yield 0, x_t, x_t
+
+
+def sample(net, x_T, y, alpha_bar, target=TARGET, **options):
+    """x_0 (B, C, H, W), where the walk ends; arguments as in walk."""
+    for _, x_t, _ in walk(net, x_T, y, alpha_bar, target, **options):
+        x_0 = x_t
+    return x_0
 
 
 # ---- Driving: plan, push, look again ----
@@ -285,9 +307,7 @@ def drive(net, pose, disc, alpha_bar, target=TARGET, driven=DRIVEN, generator=No
         if k % driven == 0:
             x_T = torch.randn(len(pose), 2, 1, HORIZON, generator=generator).to(device)
             y = observe(pose, disc, before).to(device)
-            for _, x_0, _ in sample(net, x_T, y, alpha_bar, target, **options):
-                pass  # the last one is x_0
-            plan = to_path(x_0.cpu(), pose)
+            plan = to_path(sample(net, x_T, y, alpha_bar, target, **options).cpu(), pose)
         yield pose, disc, plan
         before = disc
         pose, disc = world.step(pose, disc, plan[:, k % driven])
@@ -295,250 +315,226 @@ def drive(net, pose, disc, alpha_bar, target=TARGET, driven=DRIVEN, generator=No
 
 
 # ---- Training ----
-def train(args, checkpoint, path, device):
-    """Algorithm 1 of DDPM; saves to path."""
-    # data
+def training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay, target=TARGET):
+    """Algorithm 1 of DDPM, once, with the learning rate lr. Returns the loss, a tensor.
+
+    x_0: (B, C, H, W); y: what the net is told; ema: the average net, which keeps the share decay.
+    """
+    # noise levels and noise
+    t = torch.randint(1, len(alpha_bar), (len(x_0),), device=x_0.device)
+    eps = torch.randn_like(x_0)
+    x_t = q_sample(x_0, t, eps, alpha_bar)
+
+    # descend on the squared error: for eps, DDPM Eq. 14
+    optimizer.zero_grad()
+    with autocast(x_0.device):
+        output = net(x_t, t, y)
+    loss = F.mse_loss(output.float(), to_target(x_0, t, eps, alpha_bar, target))
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+    for p_ema, p in zip(ema.parameters(), net.parameters()):
+        p_ema.lerp_(p.detach(), 1 - decay)
+    return loss.detach()
+
+
+def train(args, checkpoint, path):
+    """Step after step, saved to path."""
+    device = args.device
     plans, seen, source = load_data(args.episodes, args.data)
     plans = plans.to(device)
     seen = seen.to(device)
 
     # net, average, optimizer
-    torch.manual_seed(args.seed)
-    config = dict(T=T, schedule=SCHEDULE, target=TARGET, horizon=HORIZON, reach=REACH, sight=SIGHT,
-                  episodes=args.episodes, regression=args.regression,
+    before = checkpoint or dict(step=0, seconds=0.0, history=[])
+    step = before["step"]
+    seconds = before["seconds"]
+    history = before["history"]
+    torch.manual_seed(args.seed + step)
+    levels = 1 if args.regression else T
+    config = dict(T=levels, schedule=SCHEDULE, target=TARGET, horizon=HORIZON, reach=REACH,
+                  sight=SIGHT, episodes=args.episodes, regression=args.regression,
                   net=dict(channels=CHANNELS, coordinates=2, observations=8))
-    alpha_bar = noise_schedule(SCHEDULE, T).float().to(device)
-    net = UNet(**config["net"]).to(device)
-    if args.init and not checkpoint:
-        init, _ = load_checkpoint(args.init)
-        if init["config"]["net"] != config["net"]:
-            sys.exit(f"error: --init {args.init}: its net is {init['config']['net']}")
-        net.load_state_dict(init["ema"])
-    ema = copy.deepcopy(net).eval().requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, betas=(0.9, 0.99), fused=True)
-    step = 0
-    seconds = 0.0
-    history = []
-
-    # go on from a checkpoint
-    if checkpoint:
-        if checkpoint["config"] != config:
-            sys.exit(f"error: {args.resume} was trained with {checkpoint['config']}, not {config}")
-        net.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
-        seconds = checkpoint["seconds"]
-        history = checkpoint["history"]
-        torch.manual_seed(args.seed + step)  # GPU: new numbers
-        torch.set_rng_state(checkpoint["rng"])  # CPU: the next numbers
-
-    # the run's folder, refused now if it can't be written
-    path.parent.mkdir(parents=True, exist_ok=path.exists())
-    tempfile.TemporaryFile(dir=path.parent).close()
-    print(f"data: {source}\nnet: {sum(p.numel() for p in net.parameters()):,} parameters, {device}")
-
-    # Ctrl-C
-    stop = catch_signals()
+    net, ema, optimizer = build(config, checkpoint, device, args.init)
+    alpha_bar = noise_schedule(SCHEDULE, levels).float().to(device)
+    print(f"data: {source}")
 
     B = args.batch_size
     losses = []
     started = time.monotonic() - seconds
-    saved = seconds
-    share = progress(args, step, seconds)
+    saved = seconds or -math.inf
+    share = max(step / args.steps, seconds / 60 / args.minutes)
+    stop = catch_ctrl_c()
     bar = tqdm(initial=B * step, unit=" plans", unit_scale=True)
     while share < 1:
-        # Algorithm 1: draw plans, noise levels and noise
+        # plans, and what the robot sees
         i = torch.randint(len(plans), (B,), device=device)
         x_0 = plans[i]
         y = seen[i]
-        t = torch.randint(T if args.regression else 1, T + 1, (B,), device=device)
-        eps = torch.randn_like(x_0)
-        x_t = q_sample(x_0, t, eps, alpha_bar)
-        goal = to_target(x_0, t, eps, alpha_bar, TARGET)
 
-        # descend on the squared error: for eps, DDPM Eq. 14
-        optimizer.zero_grad()
-        with autocast(device):
-            output = net(x_t, t, y)
-        loss = F.mse_loss(output.float(), goal)
-        loss.backward()
-        losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        # a rate that rises, then falls to 0; an average over the last thirtieth of the run
         lr = args.lr * min((step + 1) / WARMUP, 1) * (1 + math.cos(math.pi * share)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-
-        # average the weights over about the last thirtieth of the run
         decay = (1 + step) / (30 + step)
-        for p_ema, p in zip(ema.parameters(), net.parameters()):
-            p_ema.lerp_(p.detach(), 1 - decay)
+        losses.append(training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay))
 
         # log
         step += 1
         seconds = time.monotonic() - started
-        share = 1 if stop.is_set() else progress(args, step, seconds)
-        save = share == 1 or seconds - saved > SAVE_SECONDS
+        share = max(step / args.steps, seconds / 60 / args.minutes)
+        if stop:
+            share = 1.0
+        save = share >= 1 or seconds - saved > SAVE_SECONDS
         if save or step % LOG_EVERY == 0:
-            mean_loss = torch.stack(losses).mean().item()
+            loss = torch.stack(losses).mean().item()
             losses.clear()
-            if not math.isfinite(mean_loss + norm.item()):
-                sys.exit(f"\nerror: the loss is not finite at step {step}: lower --lr")
-            history.append([step, seconds, mean_loss])
-            bar.total = int(B * step / share)
-            bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+            if not math.isfinite(loss):
+                bar.close()
+                raise UserError(f"the loss is not finite at step {step}: lower --lr")
+            history.append([step, seconds, loss])
+            bar.total = int(B * step / min(share, 1))
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
         # save
         if save:
             saved = seconds
-            save_checkpoint(path, dict(
-                config=config, data=source, args=vars(args), torch=str(torch.__version__),
-                step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
-                model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+            state = dict(config=config, args=vars(args), data=source, torch=str(torch.__version__),
+                         step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
+                         model=net.state_dict(), ema=ema.state_dict(),
+                         optimizer=optimizer.state_dict())
+            with writing(path) as part:
+                torch.save(state, part)
         bar.update(B)
     bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    print(f"{step} steps, {seconds:.0f} seconds, loss {mean_loss:.4f}")
-    stopped = progress(args, step, seconds) < 1
-    if not stopped:
+    if not stop:
         start = world.starts(200, torch.Generator().manual_seed(1))  # the demonstrations' is 0
-        steps = 1 if args.regression else SAMPLE_STEPS
-        frames = drive(ema, *start, alpha_bar, steps=steps)
-        best = torch.stack([world.coverage(pose) for pose, *_ in frames]).amax(dim=0)
-        shares = ", ".join(f"{(best >= c).float().mean():.1%} reach {c:.2f}" for c in (0.9, 0.95))
-        print(f"200 unseen starts, coverage is the share of the goal under the block: {shares}")
-    script, flag = ("main.py", "--resume") if stopped else ("visual.py", "--checkpoint")
-    print(f'next: python "{HERE / script}" {flag} "{path}"')
+        best = world.best_coverage(drive(ema, *start, alpha_bar))
+        shares = [f"{(best >= c).float().mean():.1%} reach {c:.2f}" for c in (0.9, 0.95)]
+        print(f"200 unseen starts, the share of the goal covered: {', '.join(shares)}")
+    print(f'next: python "{HERE / "visual.py"}" --checkpoint "{path}"')
 
 
-# ---- Files and flags: nothing about diffusion ----
-def progress(args, step, seconds):
-    """The share of the run that is done. --steps is an int, --minutes a float."""
-    done = step if isinstance(args.length, int) else seconds / 60
-    return min(done / args.length, 1)
+# ---- Files and flags ----
+def build(config, checkpoint, device, init=None):
+    """(net, its average, optimizer), new or as a checkpoint has them."""
+    net = UNet(**config["net"]).to(device)
+    if init and not checkpoint:
+        weights, _ = load_checkpoint(init)
+        compare(weights["config"] | {"episodes": config["episodes"]}, config)
+        net.load_state_dict(weights["ema"])
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
+    if checkpoint:
+        compare(checkpoint["config"], config)
+        net.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"])
+    return net, ema, optimizer
 
 
-def catch_signals():
-    """An event that Ctrl-C, SIGTERM or a closed terminal sets. A second Ctrl-C kills."""
-    stop = threading.Event()
-
-    def handler(*_):
-        stop.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("\nstopping after this step; Ctrl-C again to stop at once")
-
-    for kind in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if kind == signal.SIGINT or signal.getsignal(kind) != signal.SIG_IGN:  # nohup
-            signal.signal(kind, handler)
-    return stop
-
-
-def save_checkpoint(path, checkpoint):
-    """Atomic: at any moment path holds the old file or the new one, whole."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        torch.save(checkpoint, part)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"cannot save {path}, is the disk full? {error}")
+def compare(there, here):
+    """Refuses a checkpoint of other settings."""
+    for key, value in here.items():
+        if there.get(key, value) != value:
+            raise UserError(f"trained with {key} {there[key]}, here it is {value}")
 
 
 def load_checkpoint(path, device="cpu"):
-    """(checkpoint, its EMA net). weights_only: tensors and plain types; code is never run."""
+    """(checkpoint, its EMA net). weights_only: no code in it is run."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         net = UNet(**checkpoint["config"]["net"])
         net.load_state_dict(checkpoint["ema"])
-    except Exception as error:  # missing, damaged or foreign
-        sys.exit(f"error: {path} is no checkpoint of {HERE.name}/main.py: "
-                 + " ".join(f"{type(error).__name__}: {error}".split())[:1000])
+    except Exception as error:
+        raise UserError(f"{path} is no checkpoint of {HERE.name}: {error!r:.400}") from error
     return checkpoint, net.to(device).eval()
 
 
+@contextlib.contextmanager
+def writing(path):
+    """A file that takes path's place when it is whole."""
+    part = path.with_name(f"part-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def catch_ctrl_c():
+    """A list that Ctrl-C fills; a second one kills."""
+    stop = []
+
+    def handler(*_):
+        stop.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, handler)
+    return stop
+
+
 def absolute(path):
-    if not path:
-        raise argparse.ArgumentTypeError("empty")
     return os.path.abspath(os.path.expanduser(path))
 
 
 def main():
     parser = argparse.ArgumentParser()
     devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("--minutes", type=float, default=math.inf, help=f"[{MINUTES}]")
+    length("--steps", type=int, default=math.inf, help="repeatable on a CPU")
     add = parser.add_argument
-    add("--minutes", dest="length", type=float, default=4.5, help="how long to train [4.5]")
-    add("--steps", dest="length", type=int, help="or how many steps; repeatable on a CPU")
-    add("--batch-size", type=int, default=256, help="plans a step [256]")
+    add("--batch-size", type=int, default=256, help="[256]")
     add("--lr", type=float, default=4e-3, help="peak learning rate [4e-3]")
-    add("--seed", type=int, default=0, help="[0]")
-    add("--episodes", type=int, help="of the expert [1000, with --data 0]")
-    add("--data", type=absolute, metavar="FILE", help="of play.py")
-    add("--init", type=absolute, metavar="FILE", help="begin with its weights")
-    add("--regression", action="store_true", help="learn the average plan instead")
-    add("--out", type=absolute, help="a new folder for the run [runs/TIME here]")
-    add("--resume", type=absolute, metavar="FILE", help="go on in it, with its settings")
+    add("--seed", type=int, default=0)
+    add("--episodes", type=int, help="[1000, with --data 0]")
+    add("--data", type=absolute, help="a file of play.py")
+    add("--init", type=absolute, help="begin with its weights")
+    add("--regression", action="store_true")
+    add("--out", type=absolute, help="new folder [runs/TIME here]")
+    add("--resume", type=absolute, help="go on in it, with its settings")
     add("--device", choices=devices, default=devices[0])
     args = parser.parse_args()
+
+    # a new run, or one to go on with
+    out = Path(args.out or HERE / "runs" / time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}"))
+    if out.exists():
+        parser.error(f"--out: {out} exists")
+    path = out / "checkpoint.pt"
     checkpoint = None
-    path = Path(args.out or HERE / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
-    if path.exists():
-        parser.error(f"--out: {path} exists")
-    path = path / "checkpoint.pt"
+    settings = {"minutes": MINUTES, "episodes": 0 if args.data else 1000}
     if args.resume:
         checkpoint, _ = load_checkpoint(args.resume)
         if "optimizer" not in checkpoint:
-            parser.error(f"--resume: {args.resume} holds weights only, not a run")
+            parser.error(f"{args.resume} holds weights only, not a run")
         if not args.out:
             path = Path(args.resume)
-        checkpoint["args"]["device"] = args.device
-        parser.set_defaults(**checkpoint["args"])
-    args = parser.parse_args()  # what is not given anew stays
-    if args.episodes is None:
-        args.episodes = 0 if args.data else 1000
-    if not all(0 < x < math.inf for x in (args.length, args.batch_size, args.lr)):
-        parser.error("--minutes, --steps, --batch-size and --lr must be above 0 and finite")
-    if args.episodes < (0 if args.data else 1):
-        parser.error("--episodes: too few")
-    if HORIZON % 2 ** (len(CHANNELS) - 1) or not 1 <= DRIVEN <= HORIZON:
-        parser.error("HORIZON: a multiple of 4, DRIVEN: at most HORIZON")
-    if checkpoint and progress(args, checkpoint["step"], checkpoint["seconds"]) == 1:
-        print(f"nothing left to do: {args.resume} is finished")
-        return
-    train(args, checkpoint, path, torch.device(args.device))
+        settings = checkpoint["args"] | {"device": args.device}
 
-
-class Output:
-    """A stream that ends no run: odd letters are escaped, what can't be written is dropped."""
-
-    def __init__(self, stream):
-        self.inner = stream
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def write(self, text):
-        try:
-            code = self.inner.encoding or "utf-8"
-            self.inner.write(text.encode(code, "backslashreplace").decode(code))
-            self.inner.flush()
-        except Exception:  # closed, or its reader is gone
-            pass
-
-    def flush(self):
-        pass
+    # what is not given anew stays
+    if min(args.minutes, args.steps) < math.inf:
+        settings = settings | {"minutes": math.inf, "steps": math.inf}
+    parser.set_defaults(**settings)
+    args = parser.parse_args()
+    if not (0 < min(args.minutes, args.steps) < math.inf and args.batch_size > 0 < args.lr
+            and (args.episodes > 0 or args.data)):
+        parser.error("numbers must be above 0 and finite")
+    train(args, checkpoint, path)
 
 
 def run(main):
-    """Runs a script; errors that users meet are one line."""
-    sys.stdout = Output(sys.stdout)
-    sys.stderr = Output(sys.stderr)
+    """Runs a script; nothing else ends it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-    except OSError as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted")
 
 
 if __name__ == "__main__":

@@ -1,127 +1,161 @@
 """Tease the robot or teach it: ten control steps a second.
 
     python play.py                      the policy drives; drag its block
-    python play.py --record FILE.npz    you drive, for main.py --data
+    python play.py --record FILE.npz    you drive the disc, for main.py --data
 """
 import argparse
 import os
-import sys
-import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import world
-from main import DRIVEN, ETA, HORIZON, SAMPLE_STEPS, absolute, observe, run, to_path
+from main import (DRIVEN, ETA, HORIZON, SAMPLE_STEPS, UserError, absolute, observe, run, to_path,
+                  writing)
 from visual import BLUE, RED, Model, newest, plt, scene
 
-KEYS = """drag block or disc   space: new start   r: regression   s: shove   q: quit
-1 2 4 8: points driven   left, right: sampling steps   Enter: keep (--record)"""
-NAMES = "poses", "discs", "commands", "ends"
+KEYS = """drag block or disc    space: new start    r: regression    s: shove
+1 2 4 8: points driven    left, right: sampling steps    q: quit"""
+RECORD_KEYS = """drag the disc: time runs while you hold it
+Enter: keep the episode    space: drop it    q: keep and quit"""
 
 
-def play(figure, drivers, file=None):
-    """main.drive in a window: drivers[0] (name, colour, Model) or, with a file, you."""
-    events = []
-    for kind in ("button_press", "button_release", "motion_notify", "key_press"):
-        figure.canvas.mpl_connect(f"{kind}_event", events.append)
-    figure.supxlabel(KEYS, fontsize=6)
-    axis = figure.add_subplot()
-    shove = False
-    driven = DRIVEN
-    key = " "
+class Game:
+    """drivers[0] (name, colour, Model) drives or, with a file, you."""
 
-    while key != "q":
-        # keys
+    def __init__(self, figure, drivers, file=None):
+        self.axis = figure.add_subplot()
+        self.drivers = drivers
+        self.file = file
+        self.driven = DRIVEN
+        self.shove = False
+        self.key = None
+        self.note = ""
+        self.begin()
+        figure.supxlabel(RECORD_KEYS if file else KEYS, fontsize=7)
+        for kind in ("button_press", "button_release", "motion_notify"):
+            figure.canvas.mpl_connect(f"{kind}_event", self.mouse)
+        figure.canvas.mpl_connect("key_press_event", self.press)
+
+    def begin(self):
+        self.pose, self.disc = world.starts(1, None)
+        self.before = self.disc
+        self.hand = self.disc
+        self.held = None
+        self.plan = None
+        self.rows = []  # pose, disc, command
+
+    def mouse(self, event):
+        if event.name == "button_release_event":
+            self.held = None
+        if not event.inaxes:
+            return
+        before, self.hand = self.hand, torch.tensor([[event.xdata, event.ydata]]).float()
+        if event.name == "button_press_event":
+            self.held = "disc" if (self.hand - self.disc).norm() < 1 else "block"
+        elif self.held == "block" and not self.file:
+            pose = self.pose.clone()
+            pose[:, :2] = (pose[:, :2] + self.hand - before).clamp(-3, 3)  # leaves a way round it
+            disc = world.to_block(self.disc[:, None], pose)[:, 0]
+            if (disc - world.nearest(disc)).norm() > world.RADIUS:
+                self.pose = pose
+
+    def press(self, event):
+        self.key = (event.key or "").lower().removeprefix("shift+")  # the last one counts
+
+    def obey(self, key):
+        self.key = None
+        self.plan = None
+        name, _, model = self.drivers[0]
         if key == " ":
-            pose, disc = world.starts(1, None)
-            before = disc
-            held = None
-            best = 0.0
-            rows = []  # pose, disc, command
+            self.begin()
+        if key == "enter" and self.file:
+            self.keep()
         if key == "r":
-            drivers.reverse()
+            self.drivers.reverse()
         if key == "s":
-            shove = not shove
-        if key in list("1248"):
-            driven = int(key)
-        name, colour, model = drivers[0]
-        if name == "diffusion":
+            self.shove = not self.shove
+        if key in ("1", "2", "4", "8"):
+            self.driven = min(int(key), HORIZON)
+        if key in ("left", "right") and name == "diffusion":
             steps = model.options["steps"] + (key == "right") - (key == "left")
             model.options["steps"] = max(steps, 1)
 
+    def step(self):
+        if self.key:
+            self.obey(self.key)
+
         # look
-        if key or k == driven:
-            x_T = torch.randn(1, 2, 1, HORIZON)
-            *_, (_, x_0, _) = model.sample(x_T, observe(pose, disc, before))
-            plan = to_path(x_0, pose) + 0.3 * shove * torch.randn(2)
-            k = 0
+        _, _, model = self.drivers[0]
+        if self.plan is None or self.k == self.driven:
+            y = observe(self.pose, self.disc, self.before)
+            x_0 = model.sample(torch.randn(1, 2, 1, HORIZON), y)
+            self.plan = to_path(x_0, self.pose) + 0.3 * self.shove * torch.randn(2)
+            self.k = 0
 
         # move
-        command = disc if file else plan[:, k]
-        if held == "disc":
-            command = hand
-        after = world.step(pose, disc, command)
-        if held == "disc":
-            rows.append((pose, disc, after[1]))
-        before = disc
-        pose, disc = after
-        k += 1
+        command = self.disc if self.file else self.plan[:, self.k]
+        if self.held == "disc":
+            command = self.hand
+        if len(self.rows) == world.STEPS:
+            self.note = "no more steps: Enter keeps them, space drops them"
+            command = self.disc
+        pose, disc = world.step(self.pose, self.disc, command)
+        if self.file and self.held == "disc" and len(self.rows) < world.STEPS:
+            self.rows.append((self.pose, self.disc, disc))
+            self.note = ""
+        self.before = self.disc
+        self.pose = pose
+        self.disc = disc
+        self.k += 1
 
-        # draw
-        now = world.coverage(pose).item()
-        best = max(best, now)
-        title = (f"coverage {now:.0%}, best {best:.0%}   {name}{', shoved' * shove}   "
-                 f"{driven} driven   {model.options['steps']} sampling steps")
-        plans = plan[:, k:]
-        if file:
-            title = f"coverage {now:.0%}   you, step {len(rows)}"
+    def draw(self):
+        name, colour, model = self.drivers[0]
+        plans = self.plan[:, self.k:]
+        title = (f"{name}{', shoved' * self.shove}\n"
+                 f"{self.driven} driven, {model.options['steps']} sampling steps")
+        if self.file:
             plans = []
-        axis.clear()
-        scene(axis, pose[0], disc[0], title, plans, [colour])
-        figure.canvas.draw_idle()
-        yield pose, disc, plan
+            title = f"step {len(self.rows)}\n{self.note}"
+        title = f"{world.coverage(self.pose).item():.0%} covered, {title}"
+        self.axis.clear()
+        scene(self.axis, self.pose[0], self.disc[0], title, plans, [colour], size=7)
+        self.axis.figure.canvas.draw_idle()
 
-        # mouse
-        key = None
-        while events and not key:
-            event = events.pop(0)
-            if event.name == "key_press_event":
-                key = event.key
-            elif event.name == "button_release_event":
-                held = None
-            elif event.inaxes:
-                place = torch.tensor([[event.xdata, event.ydata]]).float()
-                if held == "block":
-                    pose[:, :2] += place - hand
-                    best = 0.0
-                    rows = []
-                hand = place
-                if event.name == "button_press_event":
-                    held = "disc" if (hand - disc).norm() < 1 else "block"
-
-        # record
-        if file and (key == "enter" or best >= 0.95):
-            keep(file, rows, (pose, disc, disc))
-            key = " "
-        if len(rows) == world.STEPS:  # too long: begin again
-            key = " "
+    def keep(self):
+        """Adds the episode and rest after it, so that stopping is learned."""
+        if len(self.rows) < HORIZON:
+            self.note = "not kept: shorter than a plan"
+            return
+        end = min(len(self.rows) + world.HOLD, world.STEPS)
+        rest = (self.pose, self.disc, self.disc)
+        rows = (self.rows + world.STEPS * [rest])[:world.STEPS]
+        arrays = [torch.stack(column, 1) for column in zip(*rows)] + [torch.tensor([end])]
+        try:
+            if os.path.exists(self.file):
+                known = world.read_episodes(self.file, HORIZON)
+                arrays = [torch.cat(pair) for pair in zip(known, arrays)]
+            with writing(Path(self.file)) as part, open(part, "wb") as stream:
+                np.savez(stream, **dict(zip(world.NAMES, arrays)))
+            self.note = f"kept {len(self.rows)} steps, episode {len(arrays[3])} of {self.file}"
+            self.begin()
+        except UserError as error:  # what you drove stays
+            self.note = str(error)
+        print(self.note)
 
 
-def keep(path, rows, rest):
-    """Adds an episode and rest after it, so that stopping is learned."""
-    if len(rows) < HORIZON:
-        return print("not kept: shorter than a plan")
-    n = min(len(rows) + world.HOLD, world.STEPS)
-    rows = (rows + world.STEPS * [rest])[:world.STEPS]
-    arrays = [torch.stack(column, 1) for column in zip(*rows)] + [torch.tensor([n])]
-    if os.path.exists(path):
-        arrays = [torch.cat(pair) for pair in zip(world.read_episodes(path, HORIZON), arrays)]
-    with open(f"{path}.part", "wb") as part:
-        np.savez(part, **dict(zip(NAMES, arrays)))
-    os.replace(f"{path}.part", path)
-    print(f"{path}: {len(arrays[3])} episodes")
+def window():
+    plt.rcParams["toolbar"] = "None"  # its keys are ours
+    for backend in ("macosx", "TkAgg", "QtAgg"):
+        try:
+            plt.switch_backend(backend)
+            return plt.figure(figsize=(5, 5.8), dpi=100)
+        except Exception:
+            plt.close("all")
+    raise UserError("no window: it takes a display, and apt's python3-tk or libxcb-cursor0 and "
+                    "pip install PyQt6")
 
 
 def main():
@@ -132,29 +166,23 @@ def main():
     add("--regression", type=absolute, help="[newest run, else regression.pt]")
     parser.set_defaults(steps=SAMPLE_STEPS, eta=ETA, driven=DRIVEN, starts=1, seed=0, device="cpu")
     args = parser.parse_args()
-    if args.record:
-        if os.path.exists(args.record):
-            world.read_episodes(args.record, HORIZON)
-        tempfile.TemporaryFile(dir=os.path.dirname(args.record)).close()
-    for backend in ("macosx", "TkAgg", "QtAgg"):
-        try:
-            plt.switch_backend(backend)
-            break
-        except ImportError:
-            pass
-    else:
-        sys.exit("error: no window: it takes a display, and apt's python3-tk or pip install PyQt6")
+    if args.record and os.path.exists(args.record):
+        world.read_episodes(args.record, HORIZON)
+    figure = window()
     drivers = [("diffusion", BLUE, Model(args.checkpoint or newest(False), args)),
                ("regression", RED, Model(args.regression or newest(True), args))]
-    plt.rcParams["toolbar"] = "None"  # its keys are ours
-    figure = plt.figure(figsize=(4.5, 5))
+    game = Game(figure, drivers, args.record)
+    figure.canvas.manager.set_window_title(f"Push-T: {drivers[0][2].name}")
     plt.show(block=False)
+
     due = 0
-    for _ in play(figure, drivers, args.record):
+    while plt.get_fignums() and game.key != "q":
+        game.step()
+        game.draw()
         due = max(due + 0.1, time.monotonic())
         figure.canvas.start_event_loop(max(due - time.monotonic(), 0.01))
-        if not plt.get_fignums():
-            break
+    if args.record and game.rows:
+        game.keep()
 
 
 if __name__ == "__main__":

@@ -7,15 +7,9 @@
 Takes the newest checkpoints in runs/, of the policy and of the regression, else those shipped.
 """
 import argparse
-import os
-import sys
-import tempfile
 import time
 from pathlib import Path
 
-os.environ.pop("MPLBACKEND", None)  # a notebook sets one that draws into its page only
-if "--show" not in sys.argv:  # files only: no window
-    os.environ["MPLBACKEND"] = "Agg"
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -25,9 +19,10 @@ import world
 from main import HERE
 
 if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
-    sys.exit(f"error: the main.py of {HERE} is loaded: restart the kernel")
-from main import (DRIVEN, ETA, HORIZON, REACH, SAMPLE_STEPS, SIGHT, absolute, drive,
-                  load_checkpoint, load_data, noise_schedule, observe, run, sample, to_path)
+    raise ImportError(f"the main.py of {HERE} is loaded: restart the kernel")
+from main import (DRIVEN, ETA, HORIZON, REACH, SAMPLE_STEPS, SIGHT, UserError, absolute, compare,
+                  drive, load_checkpoint, load_data, noise_schedule, observe, run, sample, to_path,
+                  walk, writing)
 
 BLUE = "tab:blue"
 ORANGE = "tab:orange"
@@ -46,10 +41,8 @@ class Model:
     def __init__(self, path, args):
         self.checkpoint, self.net = load_checkpoint(path, args.device)
         self.config = self.checkpoint["config"]
-        for name, here in (("horizon", HORIZON), ("reach", REACH), ("sight", SIGHT)):
-            there = self.config.get(name, here)
-            if there != here:
-                sys.exit(f"error: {path} has {name} {there}, main.py {here}")
+        compare(self.config, {"horizon": HORIZON, "reach": REACH, "sight": SIGHT})
+        self.name = f"{Path(path).parent.name}/{Path(path).name}, step {self.checkpoint['step']}"
         alpha_bar = noise_schedule(self.config["schedule"], self.config["T"])
         self.alpha_bar = alpha_bar.float().to(args.device)
         self.target = self.config["target"]
@@ -70,12 +63,17 @@ class Model:
         return world.starts(n, torch.Generator().manual_seed(self.seed + 1))
 
     def walk(self, pose, disc):
-        """main.sample for discs (B, 2) at rest: yields (t, x_t, x0_hat) as points (B, 16, 2)."""
+        """main.walk for discs (B, 2) at rest: yields (t, x_t, x0_hat) as points (B, 16, 2)."""
         torch.manual_seed(self.seed)
         x_T = torch.randn(len(pose), 2, 1, HORIZON).to(self.device)
         y = observe(pose, disc, disc).to(self.device)
-        for t, x_t, x0_hat in self.sample(x_T, y):
+        for t, x_t, x0_hat in walk(self.net, x_T, y, self.alpha_bar, self.target, **self.options):
             yield t, to_path(x_t.cpu(), pose), to_path(x0_hat.cpu(), pose)
+
+    def plans(self, pose, disc):
+        """The end of that walk (B, 16, 2)."""
+        *_, (_, plans, _) = self.walk(pose, disc)
+        return plans
 
     def sample(self, x_T, y):
         """main.sample with this net and these flags."""
@@ -112,11 +110,12 @@ def scene(axis, pose, disc, title, plans, colours, size=6.5, goal=True):
     axis.spines[:].set_color("0.8")
 
 
-def strip(title, frames):
+def strip(model, title, frames):
     """One column a frame, one row a scene of it."""
     rows, columns = len(frames[0]), len(frames)
     figure, axes = plt.subplots(rows, columns, figsize=(1.8 * columns, 2 * rows + 0.3))
     figure.suptitle(title)
+    figure.supxlabel(f"seed {model.seed}; {model.name}", fontsize=6.5, color="0.4")
     scenes = [what for row in zip(*frames) for what in row]
     for axis, what in zip(axes.flat, scenes):
         scene(axis, *what)
@@ -128,13 +127,16 @@ def animate(frames, path, fps):
     figure, axes = plt.subplots(len(frames[0]) // 2, 2, figsize=(4.2, 1.1 * len(frames[0])))
     writer = PillowWriter(fps=fps)
     writer.setup(figure, path, dpi=100)
+
     for frame in frames + fps * frames[-1:]:  # the last one stays for a second
         for axis, what in zip(axes.flat, frame):
             axis.clear()
             scene(axis, *what)
         writer.grab_frame()
         figure.set_layout_engine("none")  # keep the first frame's layout: twice as fast
-    writer.finish()
+
+    with writing(path) as writer.outfile:
+        writer.finish()
     plt.close(figure)
 
 
@@ -147,8 +149,8 @@ def side(plans, pose):
 def divided(model, k, n=100, plans=16):
     """Poses and discs of the k starts, of n unseen ones, at which the plans divide the most."""
     pose, disc = (x.repeat_interleave(plans, 0) for x in model.starts(n))
-    *_, (_, _, drawn) = model.walk(pose, disc)
-    points = world.to_block(drawn, pose).view(n, plans, -1, 2)
+    points = world.to_block(model.plans(pose, disc), pose).view(n, plans, -1, 2)
+
     # by how much the average plan leads nearer to the block's centre than the plans do
     nearer = points.norm(dim=-1).mean(dim=1) - points.mean(dim=1).norm(dim=-1)
     i = nearer.mean(dim=1).topk(k).indices * plans
@@ -158,16 +160,17 @@ def divided(model, k, n=100, plans=16):
 def bundle(model, k, n=1):
     """k plans from each of the n most divided starts: pose, disc, walk from noise, colours."""
     pose, disc = (x.repeat_interleave(k, 0) for x in divided(model, n))
-    walk = list(model.walk(pose, disc))
-    return pose, disc, walk, [BLUE if way > 0 else ORANGE for way in side(walk[-1][1], pose)]
+    frames = list(model.walk(pose, disc))
+    _, plans, _ = frames[-1]
+    return pose, disc, frames, [BLUE if way > 0 else ORANGE for way in side(plans, pose)]
 
 
 # ---- The figures: each a function of a Model and of the regression's ----
 def denoising(model, _):
     """Plans from one start, level by level: a scene of x_t, one of the guess x0_hat."""
-    pose, disc, walk, colours = bundle(model, 16)
+    pose, disc, frames, colours = bundle(model, 16)
     return [[(pose[0], disc[0], f"{name}, t = {t}", plans, colours)
-             for name, plans in (("x_t", x_t), ("x0_hat", x0_hat))] for t, x_t, x0_hat in walk]
+             for name, plans in (("x_t", x_t), ("x0_hat", x0_hat))] for t, x_t, x0_hat in frames]
 
 
 def driving(model, regression, n=2, every=4):
@@ -190,25 +193,26 @@ def reverse(model, regression):
     frames = denoising(model, regression)
     every = max(len(frames) // 5, 1)
     shown = frames[:-1:every] + frames[-1:]
-    return strip("The reverse process: 16 plans from one start", shown)
+    return strip(model, "The reverse process: 16 plans from one start", shown)
 
 
 def fan(model, regression, k=30):
     """Plans from four starts where both ways are open, and the one plan of the regression."""
-    pose, disc, walk, colours = bundle(model, k, 4)
-    *_, (_, _, plans) = walk
-    *_, (_, _, average) = regression.walk(pose[::k], disc[::k])
+    pose, disc, walked, colours = bundle(model, k, 4)
+    _, plans, _ = walked[-1]
+    average = regression.plans(pose[::k], disc[::k])
     frames = []
     for i in range(4):
         part = slice(i * k, (i + 1) * k)
         frames.append([(pose[i * k], disc[i * k], "", [*plans[part], average[i]],
                         colours[part] + [RED])])
-    return strip(f"{k} plans from each start, and the one plan of the regression (red)", frames)
+    return strip(model, f"{k} plans from each start, the one plan of the regression (red)", frames)
 
 
 def film(model, regression):
     """A filmstrip of the closed loop: the diffusion policy above the regression."""
-    return strip("The plans and the best coverage so far", driving(model, regression, 1, 20)[:5])
+    frames = driving(model, regression, 1, 20)[:5]
+    return strip(model, "The plans and the best coverage so far", frames)
 
 
 def bars(runs):
@@ -216,18 +220,20 @@ def bars(runs):
     figure, axis = plt.subplots(figsize=(8, 3.2))
     for i, (name, frames) in enumerate(runs.items()):
         began = time.perf_counter()
-        best = torch.stack([world.coverage(pose) for pose, *_ in frames]).amax(dim=0)
+        best = world.best_coverage(frames)
         n = len(best)
         line = f"{name}: "
-        for left, level, colour in ((-0.2, 0.9, "#9ec5ea"), (0.2, 0.95, BLUE)):
-            share = (best >= level).float().mean().item()
-            middle = (share + 1.92 / n) / (1 + 3.84 / n)  # Wilson 1927
-            half = 1.96 * (share * (1 - share) / n + 0.96 / n ** 2) ** 0.5 / (1 + 3.84 / n)
-            line += f"{share:.1%} ({middle - half:.1%} to {middle + half:.1%}) reach {level:.2f}, "
-            axis.bar(i + left, share, 0.38, color=colour)
-            axis.errorbar(i + left, middle, half, color="0.2", capsize=3)
+
+        for place, level, colour in ((-0.2, 0.9, "#9ec5ea"), (0.2, 0.95, BLUE)):
+            reached = (best >= level).float().mean().item()
+            middle = (reached + 1.92 / n) / (1 + 3.84 / n)  # Wilson 1927
+            half = 1.96 * (reached * (1 - reached) / n + 0.96 / n ** 2) ** 0.5 / (1 + 3.84 / n)
+            line += f"{reached:.1%} ({middle - half:.0%} to {middle + half:.0%}) reach {level:.2f}, "
+            axis.bar(i + place, reached, 0.38, color=colour)
+            axis.errorbar(i + place, middle, half, color="0.2", capsize=3)
         print(f"{line}mean best {best.mean():.3f}, {time.perf_counter() - began:.1f} s")
-    axis.set_xticks(range(len(runs)), runs)
+
+    axis.set_xticks(range(len(runs)), [name.replace(" ", "\n", 1) for name in runs])
     axis.set(ylim=(0, 1.05), title="Share that reaches 0.90 (light), 0.95 (dark)")
     return figure
 
@@ -235,21 +241,19 @@ def bars(runs):
 def success(model, regression):
     """How often each policy brings the block to the goal."""
     start = model.starts(model.episodes)
-    plans, seen = model.load()
+    demonstrated, seen = model.load()
     torch.manual_seed(model.seed)
 
     # three in the place of a net
     def shoved(x_t, t, y):  # the regression's plan, moved by 0.3 units or so to a random side
-        *_, (_, plan, _) = regression.sample(x_t, y)
-        return plan + 0.3 / REACH * torch.randn(len(y), 2, 1, 1).to(plan)
+        return regression.sample(x_t, y) + 0.3 / REACH * torch.randn(len(y), 2, 1, 1).to(x_t)
 
     def mean(x_t, t, y):  # of 16 plans
-        *_, (_, drawn, _) = model.sample(torch.randn(16, *x_t.shape).flatten(0, 1).to(x_t),
-                                         y.repeat(16, 1))
-        return drawn.unflatten(0, (16, -1)).mean(0)
+        x_T = torch.randn(16, *x_t.shape).flatten(0, 1).to(x_t)
+        return model.sample(x_T, y.repeat(16, 1)).unflatten(0, (16, -1)).mean(0)
 
     def look_up(x_t, t, y):  # the plan of the most similar y
-        return plans[torch.cdist(y.cpu(), seen).argmin(1)].to(x_t)
+        return demonstrated[torch.cdist(y.cpu(), seen).argmin(1)].to(x_t)
 
     runs = {"expert": drive_expert(*start), "regression": regression.drive(*start)}
     for name, net in (("regression, shoved", shoved), ("mean of 16 plans", mean),
@@ -269,10 +273,10 @@ def copying(model, _):
     known, _ = model.load()
     known = to_path(known, torch.zeros(len(known), 3))
     pose, disc = model.starts(5)
-    *_, (_, _, drawn) = model.walk(pose, disc)
-    drawn = world.to_block(drawn, pose)
+    drawn = world.to_block(model.plans(pose, disc), pose)
     disc = world.to_block(disc[:, None], pose)[:, 0]
     distance = torch.cdist(drawn.flatten(1), known.flatten(1)) / HORIZON ** 0.5
+
     figure, axes = plt.subplots(1, 5, figsize=(11, 2.9))
     figure.suptitle("Is it copying? Plans (blue), the nearest demonstrations (grey)", fontsize=10)
     for axis, plan, row, point in zip(axes, drawn, distance, disc):
@@ -290,11 +294,10 @@ GIFS = {"reverse": (denoising, 2), "drive": (driving, 12)}     # frames a second
 def export(model, path, n):
     """n unseen starts: observations float32 (n, 8), plans (n, 16, 2) in the block's frame."""
     pose, disc = model.starts(n)
-    with tempfile.TemporaryDirectory(dir=path.parent) as part:  # whole, or not at all
-        *_, (_, _, plans) = model.walk(pose, disc)
-        np.savez_compressed(Path(part) / path.name, observations=observe(pose, disc, disc).numpy(),
-                            plans=world.to_block(plans, pose).numpy())
-        os.rename(Path(part) / path.name, path)
+    plans = world.to_block(model.plans(pose, disc), pose)
+    with writing(path) as part:
+        np.savez_compressed(part, observations=observe(pose, disc, disc).numpy(),
+                            plans=plans.numpy())
     print(path)
 
 
@@ -304,7 +307,7 @@ def newest(regression):
     for path in sorted(runs, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             checkpoint, _ = load_checkpoint(path)
-        except SystemExit:  # damaged, or of another net: left out
+        except UserError:  # damaged, or of another net: left out
             continue
         if checkpoint["config"]["regression"] == regression:
             return path
@@ -335,25 +338,29 @@ def main():
     if not (min(args.n, args.starts, args.steps) > 0 and 0 <= args.eta <= 1
             and 1 <= args.driven <= HORIZON):
         parser.error("--steps, --starts and --n are above zero, --eta is 0 to 1, --driven 1 to 16")
-    checkpoint = args.checkpoint or newest(regression=False)
-    print(f"checkpoint: {checkpoint}")
-    model = Model(checkpoint, args)
+    if not args.show:
+        plt.switch_backend("Agg")  # files only: no window
+
+    model = Model(args.checkpoint or newest(regression=False), args)
+    print(f"checkpoint: {model.name}")
     if args.export:
-        path = Path(args.export if args.export.endswith(".npz") else args.export + ".npz")
-        if path.exists():
-            parser.error(f"--export: {path} exists")
-        return export(model, path, args.n)
-    baseline = args.regression or newest(regression=True)
-    print(f"regression: {baseline}")
-    regression = Model(baseline, args)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+        arrays = Path(args.export.removesuffix(".npz") + ".npz")
+        if arrays.exists():
+            parser.error(f"--export: {arrays} exists")
+        return export(model, arrays, args.n)
+    regression = Model(args.regression or newest(regression=True), args)
+    print(f"regression: {regression.name}")
+
     for name in names:
-        FIGURES[name](model, regression).savefig(out / f"{name}.png", bbox_inches="tight")
-        print(out / f"{name}.png", "and .gif" if name in GIFS else "")
+        picture = Path(args.out, f"{name}.png")
+        figure = FIGURES[name](model, regression)
+        with writing(picture) as part:
+            figure.savefig(part, bbox_inches="tight")
+        print(picture)
         if name in GIFS:
             frames, fps = GIFS[name]
-            animate(frames(model, regression), out / f"{name}.gif", fps)
+            animate(frames(model, regression), picture.with_suffix(".gif"), fps)
+            print(picture.with_suffix(".gif"))
     if args.show:
         plt.show()
 

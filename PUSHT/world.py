@@ -9,7 +9,6 @@ the goal's. Everything is batched: pose (B, 3) is x, y and angle of the block, d
 disc's centre. In the block's frame its centre is the origin, and the axes turn with it.
 """
 import math
-import sys
 
 import numpy as np
 import torch
@@ -30,7 +29,12 @@ BESIDE = 0.5            # a contact this near needs no way round
 GRID = torch.cat([torch.cartesian_prod(torch.arange(left + CELL / 2, right, CELL),
                                        torch.arange(bottom + CELL / 2, top, CELL))
                   for left, right, bottom, top in (BAR, STEM)])  # the squares' centres (K, 2)
+NAMES = ("poses", "discs", "commands", "ends")     # of recorded arrays
 C2 = GRID.norm(dim=1).mean().item() ** 2    # c^2: how hard the block is to turn
+
+
+class UserError(ValueError):
+    """What a user can put right: `run` prints it as one line."""
 
 
 # ---- The world ----
@@ -96,6 +100,11 @@ def coverage(pose):
         from_y = torch.minimum(y - bottom, top - y)
         inside = inside + (from_x / CELL + 0.5).clamp(0, 1) * (from_y / CELL + 0.5).clamp(0, 1)
     return inside.mean(dim=1)
+
+
+def best_coverage(frames):
+    """The best coverage (B,) over frames (pose, ...) of B episodes."""
+    return torch.stack([coverage(pose) for pose, *_ in frames]).amax(dim=0)
 
 
 def starts(n, generator):
@@ -262,13 +271,14 @@ def demonstrations(n, seed=0):
 
 def read_episodes(path, shortest):
     """What play.py recorded, in the form of demonstrations."""
-    shapes = {"poses": (STEPS, 3), "discs": (STEPS, 2), "commands": (STEPS, 2), "ends": ()}
     try:
         with np.load(path) as file:
-            arrays = [torch.from_numpy(file[name]).float() for name in shapes]
+            arrays = [torch.from_numpy(file[name]).float() for name in NAMES]
         n = len(arrays[-1])
-        assert [array.shape for array in arrays] == [(n, *shape) for shape in shapes.values()]
-        assert shortest <= arrays[-1].min() and arrays[-1].max() <= STEPS
+        shapes = [(n, STEPS, 3), (n, STEPS, 2), (n, STEPS, 2), (n,)]
+        assert [array.shape for array in arrays] == shapes, "other shapes"
+        assert all(array.isfinite().all() for array in arrays), "numbers that are not finite"
+        assert shortest <= arrays[-1].min() and arrays[-1].max() <= STEPS, "other lengths"
     except Exception as error:
-        sys.exit(f"error: {path} holds no episodes of {shortest} steps: {error!r}")
+        raise UserError(f"{path} holds no episodes of {shortest} steps: {error!r}") from error
     return arrays
