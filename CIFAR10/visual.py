@@ -281,11 +281,11 @@ def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
     y = model.labels(n)
     generators = model.generators()
-    chunks = [model.images(labels, generators=generators)
-              for labels in tqdm(y.split(batch), "exporting")]
-    pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    with writing(path) as part:
-        np.savez_compressed(part, labels=y.numpy(),
+    with writing(path) as file:
+        chunks = [model.images(labels, generators=generators)
+                  for labels in tqdm(y.split(batch), "exporting")]
+        pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        np.savez_compressed(file, labels=y.numpy(),
                             images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy())
     print(path)
 
@@ -329,8 +329,8 @@ def main():
     for name in names:
         picture = Path(args.out, f"{name}.png")
         figure = FIGURES[name](model)
-        with writing(picture) as part:
-            figure.savefig(part, bbox_inches="tight")
+        with writing(picture) as file:
+            figure.savefig(file, bbox_inches="tight")
         print(picture)
         if name == "reverse":
             animate(model, picture.with_suffix(".gif"))

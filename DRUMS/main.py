@@ -15,6 +15,7 @@ a hat for what the net believes.
 import argparse
 import contextlib
 import copy
+import io
 import math
 import os
 import signal
@@ -311,7 +312,6 @@ def training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay, target=TARG
 
 
 def train(args, checkpoint, path):
-    """Step after step, saved to path."""
     device = args.device
     images, labels, classes, source = load_data(args.data)
     images = images.to(device)
@@ -363,7 +363,7 @@ def train(args, checkpoint, path):
                 raise UserError(f"the loss is not finite at step {step}: lower --lr")
             history.append([step, seconds, loss])
             bar.total = int(B * step / min(share, 1))
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.set_postfix(loss=loss, refresh=False)
 
         # save
         if save:
@@ -372,8 +372,10 @@ def train(args, checkpoint, path):
                          step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
                          model=net.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict())
-            with writing(path) as part:
-                torch.save(state, part)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            with writing(path) as file:
+                file.write(buffer.getbuffer())
         bar.update(B)
     bar.close()
     print(f'next: python "{HERE / "visual.py"}" --checkpoint "{path}"')
@@ -395,7 +397,6 @@ def build(config, checkpoint, device):
 
 
 def compare(there, here):
-    """Refuses a checkpoint of other settings."""
     for key, value in here.items():
         if there.get(key, value) != value:
             raise UserError(f"trained with {key} {there[key]}, here it is {value}")
@@ -414,13 +415,14 @@ def load_checkpoint(path, device="cpu"):
 
 @contextlib.contextmanager
 def writing(path):
-    """A file that takes path's place when it is whole."""
+    """An open file that takes path's place when it is whole."""
     part = path.with_name(f"part-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
+        with open(part, "wb") as file:
+            yield file
         part.replace(path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
@@ -482,7 +484,6 @@ def main():
 
 
 def run(main):
-    """Runs a script; nothing else ends it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -173,7 +173,7 @@ def read_wav(path):
     return F.pad(sound[onset:onset + 2 * RATE] / peak, (LEAD, 0))
 
 
-def write_wav(path, sounds):
+def write_wav(file, sounds):
     """Sounds (N, L) one after another, each until it is below -40 dB, as 16 bit mono."""
     track = []
     for sound in sounds:
@@ -181,6 +181,6 @@ def write_wav(path, sounds):
         loud = (sound.abs() > 0.01).nonzero()
         end = loud.max() + 1 if len(loud) else 0
         track += [sound[:end], torch.zeros(RATE // 8)]
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, RATE, 0, "NONE", ""))
-        file.writeframes((32767 * torch.cat(track)).to(torch.int16).numpy().tobytes())
+    with wave.open(file, "wb") as wav:
+        wav.setparams((1, 2, RATE, 0, "NONE", ""))
+        wav.writeframes((32767 * torch.cat(track)).to(torch.int16).numpy().tobytes())

@@ -280,22 +280,22 @@ def listen(model, name, out):
         for k, label in enumerate(model.classes):
             files[f"sounds/{label}.wav"] = images[k::len(model.classes)]
 
-    for file, images in files.items():
+    for name, images in files.items():
         sounds = to_sound((images.clamp(-1, 1) + 1) * 127.5)
-        with writing(out / file) as part:
-            write_wav(part, sounds)
-        print(out / file)
+        with writing(out / name) as file:
+            write_wav(file, sounds)
+        print(out / name)
 
 
 def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
     y = model.labels(n)
     generators = model.generators()
-    chunks = [model.images(labels, generators=generators)
-              for labels in tqdm(y.split(batch), "exporting")]
-    pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    with writing(path) as part:
-        np.savez_compressed(part, labels=y.numpy(),
+    with writing(path) as file:
+        chunks = [model.images(labels, generators=generators)
+                  for labels in tqdm(y.split(batch), "exporting")]
+        pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        np.savez_compressed(file, labels=y.numpy(),
                             images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy())
     print(path)
 
@@ -339,8 +339,8 @@ def main():
     for name in names:
         picture = Path(args.out, f"{name}.png")
         figure = FIGURES[name](model)
-        with writing(picture) as part:
-            figure.savefig(part, bbox_inches="tight")
+        with writing(picture) as file:
+            figure.savefig(file, bbox_inches="tight")
         print(picture)
         if name == "reverse":
             animate(model, picture.with_suffix(".gif"))

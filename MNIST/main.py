@@ -12,6 +12,7 @@ a hat for what the net believes.
 import argparse
 import contextlib
 import copy
+import io
 import math
 import os
 import signal
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -62,7 +64,7 @@ def load_data(data=None):
                 raise UserError(f"no MNIST in {data}/MNIST/raw, unpacked: {error}") from error
             print(f"no MNIST ({error}): training on the 5,000 embedded digits instead")
 
-    page = torchvision.io.read_image(str(HERE / "digits.png"))
+    page = torchvision.transforms.functional.pil_to_tensor(Image.open(HERE / "digits.png"))
     images = page.unfold(1, 28, 28).unfold(2, 28, 28).reshape(-1, 1, 28, 28)
     labels = torch.arange(10).repeat_interleave(500)
     return images, labels, CLASSES, "MNIST's 5,000 embedded digits"
@@ -312,7 +314,6 @@ def training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay, target=TARG
 
 
 def train(args, checkpoint, path):
-    """Step after step, saved to path."""
     device = args.device
     images, labels, classes, source = load_data(args.data)
     images = images.to(device)
@@ -364,7 +365,7 @@ def train(args, checkpoint, path):
                 raise UserError(f"the loss is not finite at step {step}: lower --lr")
             history.append([step, seconds, loss])
             bar.total = int(B * step / min(share, 1))
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.set_postfix(loss=loss, refresh=False)
 
         # save
         if save:
@@ -373,8 +374,10 @@ def train(args, checkpoint, path):
                          step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
                          model=net.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict())
-            with writing(path) as part:
-                torch.save(state, part)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            with writing(path) as file:
+                file.write(buffer.getbuffer())
         bar.update(B)
     bar.close()
     print(f'next: python "{HERE / "visual.py"}" --checkpoint "{path}"')
@@ -400,7 +403,6 @@ def build(config, checkpoint, device):
 
 
 def compare(there, here):
-    """Refuses a checkpoint of other settings."""
     for key, value in here.items():
         if there.get(key, value) != value:
             raise UserError(f"trained with {key} {there[key]}, here it is {value}")
@@ -419,13 +421,14 @@ def load_checkpoint(path, device="cpu"):
 
 @contextlib.contextmanager
 def writing(path):
-    """A file that takes path's place when it is whole."""
+    """An open file that takes path's place when it is whole."""
     part = path.with_name(f"part-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
+        with open(part, "wb") as file:
+            yield file
         part.replace(path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
@@ -487,7 +490,6 @@ def main():
 
 
 def run(main):
-    """Runs a script; nothing else ends it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -10,6 +10,7 @@ next positions in [-1, 1], and y is what the robot sees. Symbols are the papers'
 import argparse
 import contextlib
 import copy
+import io
 import math
 import os
 import signal
@@ -342,7 +343,6 @@ def training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay, target=TARG
 
 
 def train(args, checkpoint, path):
-    """Step after step, saved to path."""
     device = args.device
     plans, seen, source = load_data(args.episodes, args.data)
     plans = plans.to(device)
@@ -395,7 +395,7 @@ def train(args, checkpoint, path):
                 raise UserError(f"the loss is not finite at step {step}: lower --lr")
             history.append([step, seconds, loss])
             bar.total = int(B * step / min(share, 1))
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.set_postfix(loss=loss, refresh=False)
 
         # save
         if save:
@@ -404,8 +404,10 @@ def train(args, checkpoint, path):
                          step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
                          model=net.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict())
-            with writing(path) as part:
-                torch.save(state, part)
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            with writing(path) as file:
+                file.write(buffer.getbuffer())
         bar.update(B)
     bar.close()
     if not stop:
@@ -436,7 +438,6 @@ def build(config, checkpoint, device, init=None):
 
 
 def compare(there, here):
-    """Refuses a checkpoint of other settings."""
     for key, value in here.items():
         if there.get(key, value) != value:
             raise UserError(f"trained with {key} {there[key]}, here it is {value}")
@@ -455,13 +456,14 @@ def load_checkpoint(path, device="cpu"):
 
 @contextlib.contextmanager
 def writing(path):
-    """A file that takes path's place when it is whole."""
+    """An open file that takes path's place when it is whole."""
     part = path.with_name(f"part-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
+        with open(part, "wb") as file:
+            yield file
         part.replace(path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
@@ -489,11 +491,11 @@ def main():
     length("--steps", type=int, default=math.inf, help="repeatable on a CPU")
     add = parser.add_argument
     add("--batch-size", type=int, default=256, help="[256]")
-    add("--lr", type=float, default=4e-3, help="peak learning rate [4e-3]")
+    add("--lr", type=float, default=4e-3, help="[4e-3]")
     add("--seed", type=int, default=0)
     add("--episodes", type=int, help="[1000, with --data 0]")
-    add("--data", type=absolute, help="a file of play.py")
-    add("--init", type=absolute, help="begin with its weights")
+    add("--data", type=absolute)
+    add("--init", type=absolute)
     add("--regression", action="store_true")
     add("--out", type=absolute, help="new folder [runs/TIME here]")
     add("--resume", type=absolute, help="go on in it, with its settings")
@@ -527,7 +529,6 @@ def main():
 
 
 def run(main):
-    """Runs a script; nothing else ends it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -42,7 +42,6 @@ class Game:
     def begin(self):
         self.pose, self.disc = world.starts(1, None)
         self.before = self.disc
-        self.hand = self.disc
         self.held = None
         self.plan = None
         self.rows = []  # pose, disc, command
@@ -52,12 +51,13 @@ class Game:
             self.held = None
         if not event.inaxes:
             return
-        before, self.hand = self.hand, torch.tensor([[event.xdata, event.ydata]]).float()
+        self.hand = torch.tensor([[event.xdata, event.ydata]]).float()
         if event.name == "button_press_event":
             self.held = "disc" if (self.hand - self.disc).norm() < 1 else "block"
-        elif self.held == "block" and not self.file:
+            self.grip = self.pose[:, :2] - self.hand
+        if self.held == "block" and not self.file:
             pose = self.pose.clone()
-            pose[:, :2] = (pose[:, :2] + self.hand - before).clamp(-3, 3)  # leaves a way round it
+            pose[:, :2] = (self.hand + self.grip).clamp(-3, 3)  # leaves a way round it
             disc = world.to_block(self.disc[:, None], pose)[:, 0]
             if (disc - world.nearest(disc)).norm() > world.RADIUS:
                 self.pose = pose
@@ -99,13 +99,13 @@ class Game:
         command = self.disc if self.file else self.plan[:, self.k]
         if self.held == "disc":
             command = self.hand
-        if len(self.rows) == world.STEPS:
-            self.note = "no more steps: Enter keeps them, space drops them"
+        full = len(self.rows) == world.STEPS
+        if full:
             command = self.disc
         pose, disc = world.step(self.pose, self.disc, command)
-        if self.file and self.held == "disc" and len(self.rows) < world.STEPS:
+        if self.file and self.held == "disc" and not full:
             self.rows.append((self.pose, self.disc, disc))
-            self.note = ""
+            self.note = "Enter keeps it, space drops it" if len(self.rows) == world.STEPS else ""
         self.before = self.disc
         self.pose = pose
         self.disc = disc
@@ -137,8 +137,8 @@ class Game:
             if os.path.exists(self.file):
                 known = world.read_episodes(self.file, HORIZON)
                 arrays = [torch.cat(pair) for pair in zip(known, arrays)]
-            with writing(Path(self.file)) as part, open(part, "wb") as stream:
-                np.savez(stream, **dict(zip(world.NAMES, arrays)))
+            with writing(Path(self.file)) as file:
+                np.savez(file, **dict(zip(world.NAMES, arrays)))
             self.note = f"kept {len(self.rows)} steps, episode {len(arrays[3])} of {self.file}"
             self.begin()
         except UserError as error:  # what you drove stays

@@ -228,7 +228,7 @@ def bars(runs):
             reached = (best >= level).float().mean().item()
             middle = (reached + 1.92 / n) / (1 + 3.84 / n)  # Wilson 1927
             half = 1.96 * (reached * (1 - reached) / n + 0.96 / n ** 2) ** 0.5 / (1 + 3.84 / n)
-            line += f"{reached:.1%} ({middle - half:.0%} to {middle + half:.0%}) reach {level:.2f}, "
+            line += f"{reached:.1%} ({middle - half:.0%} to {middle + half:.0%}) >= {level:.2f}, "
             axis.bar(i + place, reached, 0.38, color=colour)
             axis.errorbar(i + place, middle, half, color="0.2", capsize=3)
         print(f"{line}mean best {best.mean():.3f}, {time.perf_counter() - began:.1f} s")
@@ -295,8 +295,8 @@ def export(model, path, n):
     """n unseen starts: observations float32 (n, 8), plans (n, 16, 2) in the block's frame."""
     pose, disc = model.starts(n)
     plans = world.to_block(model.plans(pose, disc), pose)
-    with writing(path) as part:
-        np.savez_compressed(part, observations=observe(pose, disc, disc).numpy(),
+    with writing(path) as file:
+        np.savez_compressed(file, observations=observe(pose, disc, disc).numpy(),
                             plans=plans.numpy())
     print(path)
 
@@ -354,8 +354,8 @@ def main():
     for name in names:
         picture = Path(args.out, f"{name}.png")
         figure = FIGURES[name](model, regression)
-        with writing(picture) as part:
-            figure.savefig(part, bbox_inches="tight")
+        with writing(picture) as file:
+            figure.savefig(file, bbox_inches="tight")
         print(picture)
         if name in GIFS:
             frames, fps = GIFS[name]

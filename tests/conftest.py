@@ -12,12 +12,13 @@ from contextlib import redirect_stderr, redirect_stdout
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch; two that wait for a third are slow
 import pytest
 import torch
-from loading import ROOT, load
+from loading import ROOT, forget, load
 
 FOLDERS = [path.parent.name for path in sorted(ROOT.glob("*/main.py"))]
 FIGURES = ["reverse.png", "reverse.gif", "forward.png", "grid.png", "steps.png", "guidance.png",
            "neighbours.png", "complete.png", "loss.png"]
 NARROW = "CHANNELS = (16, 32, 64)", "CHANNELS = (8, 16, 16)"
+SMALL_T = "T = 1000 ", "T = 20 "
 
 
 @pytest.fixture(scope="session", params=FOLDERS)
@@ -49,16 +50,14 @@ def copied(folder, *changes, source="MNIST"):
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory):
     """MNIST/main.py in a copy, its net narrow, its T 20: trains in seconds."""
-    return copied(tmp_path_factory.mktemp("quick") / "MNIST", ("T = 1000 ", "T = 20 "),
-                  NARROW) / "main.py"
+    return copied(tmp_path_factory.mktemp("quick") / "MNIST", SMALL_T, NARROW) / "main.py"
 
 
 def start(*args, env=(), **options):
     """A script with its arguments, running, as on a machine that does not set PYTHONUNBUFFERED."""
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    for kind in (signal.SIGINT, signal.SIGHUP):     # ignored if the tests run in the background
-        if signal.getsignal(kind) == signal.SIG_IGN:
-            signal.signal(kind, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:   # the tests run in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     return subprocess.Popen([sys.executable, *map(str, args)], text=True, env=clean | dict(env),
                             errors="replace", **options)
@@ -72,8 +71,7 @@ def run(script, *args, **options):
         out, err = process.communicate(timeout=240)
         return process.returncode, out, err
     out, err, code = io.StringIO(), io.StringIO(), 0
-    kinds = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    handlers = {kind: signal.getsignal(kind) for kind in kinds}
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [str(script), *map(str, args)])
         patch.syspath_prepend(str((ROOT / script).parent))
@@ -81,10 +79,8 @@ def run(script, *args, **options):
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             code = stop.code
-    for name in ("main", "visual", "world", "sound"):
-        sys.modules.pop(name, None)
-    for kind, handler in handlers.items():
-        signal.signal(kind, handler)
+    forget()
+    signal.signal(signal.SIGINT, handler)
     message = f"{code}\n" if isinstance(code, str) else ""
     return code, out.getvalue(), err.getvalue() + message
 
@@ -108,7 +104,7 @@ def fails(*args, words=(), **options):
 def first_step(process):
     """Wait until the training bar has moved."""
     seen = ""
-    while not re.search(r"[1-9]\S* (images|plans) \[", seen):
+    while not re.search(r"\s[1-9]\S* (images |plans )?\[", seen):
         character = process.stderr.read(1)
         assert character, seen
         seen += character

@@ -111,8 +111,9 @@ def test_every_figure_and_sound(narrow, tmp_path):
     out = works(narrow / "main.py", *SMALL, "--steps", 3)
     assert "133 hits: cymbal 20, hand 31, kick 32, snare 28, tom 22" in out
     works(narrow / "visual.py", "all", "--steps", 2, "--out", tmp_path)
-    classes = [f"{name}.wav" for name in ("cymbal", "hand", "kick", "snare", "tom")]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES + classes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*FILES, "sounds"])
+    assert sorted(path.stem for path in (tmp_path / "sounds").iterdir()) == [
+        "cymbal", "hand", "kick", "snare", "tom"]
     for name in FILES:
         if name.endswith("wav"):
             with wave.open(str(tmp_path / name)) as file:

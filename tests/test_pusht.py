@@ -67,7 +67,8 @@ def test_it_learns_says_its_success_and_draws_every_figure(trained, tmp_path):
         history = read(run)["history"]
         assert "unseen starts" in out and history[-1][2] < 0.9 * history[0][2]
     out = works(folder / "visual.py", "all", "--out", tmp_path, "--steps", 3, "--starts", 4)
-    assert f"checkpoint: {runs[0]}" in out and f"regression: {runs[1]}" in out
+    for kind, path in zip(("checkpoint", "regression"), runs):
+        assert f"{kind}: {path.name}/checkpoint.pt, step 150" in out
     assert len([*tmp_path.iterdir()]) == 6 + 2                          # figures and gifs
     for path in tmp_path.iterdir():
         assert np.asarray(Image.open(path).convert("L")).std() > 10, path
@@ -80,7 +81,7 @@ def test_stopped_and_resumed_is_the_same_run_and_broken_files_are_one_line(train
     script, small = trained[0] / "main.py", [*SMALL, "--steps", 80]
     process = start(script, *small, "--out", tmp_path / "a")
     first_step(process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "unseen" not in out and "next" in out
     works(script, "--resume", tmp_path / "a/checkpoint.pt")
@@ -108,7 +109,7 @@ def test_recorded_episodes_are_read(trained, tmp_path):
                 "--init", tmp_path / "a/checkpoint.pt")
     assert "5 demonstrations" in out
     works(trained[0] / "visual.py", "copying", "--checkpoint", tmp_path / "a/checkpoint.pt")
-    fails(script, *small, "--init", "PUSHT/pretrained.pt", words=["its net is"])
+    fails(script, *small, "--init", "PUSHT/pretrained.pt", words=["with T 1000, here it is 30"])
     for wrong in ([parts[1], *parts[1:]], [*parts[:3], torch.tensor([32, 20, 15])]):
         np.savez(file, **dict(zip(names, wrong)))
         fails(script, *small, words=["mine.npz holds no episodes of 16 steps"])
@@ -121,11 +122,8 @@ def test_another_horizon_or_reach_is_never_used_unsaid(trained, tmp_path):
         folder = copied(tmp_path / new, ("T = 1000 ", "T = 30 "), ("32, 64, 64", "8, 16, 16"),
                         (old, new), source="PUSHT")
         fails(folder / "main.py", "--resume", run, "--steps", 300, "--device", "cpu",
-              words=["was trained with"])
+              words=["trained with " + old.split()[0].lower()])
         fails(folder / "visual.py", "--checkpoint", run, words=[old.split()[0].lower()])
-    for old, new in (("HORIZON = 16", "HORIZON = 10"), ("DRIVEN = 4", "DRIVEN = 20")):
-        folder = copied(tmp_path / new, (old, new), source="PUSHT")
-        fails(folder / "main.py", *SMALL, words=[old.split()[0]])
 
 
 def test_shipped_weights_push_and_the_average_does_not(main, world):

@@ -65,8 +65,8 @@ def test_the_algorithms_on_the_page_are_those_of_the_code():
         torch.manual_seed(1)
         exec(sampling, names)
         torch.manual_seed(1)
-        *_, (_, x_0, _) = main.sample(net, torch.randn(3, 1, 28, 28), y, names["alpha_bar"], "v",
-                                      steps=T, eta=1.0, guidance=0.0)
+        x_0 = main.sample(net, torch.randn(3, 1, 28, 28), y, names["alpha_bar"], "v", steps=T,
+                          eta=1.0, guidance=0.0)
         torch.testing.assert_close(names["x_t"], x_0)
     finally:
         torch.set_default_dtype(torch.float32)

@@ -1,21 +1,27 @@
 """How good are generated images? A small classifier, trained here on real ones, judges them.
 
     python MNIST/visual.py --export digits.npz --n 2000
-    python tests/judge.py digits.npz        a few minutes on two CPU cores; likewise the others
+    python MNIST/judge.py digits.npz        a few minutes on two CPU cores
+    python MNIST/judge.py pictures.npz --folder CIFAR10     likewise DRUMS
 
 Prints the share that it recognises as the class asked for, and the Frechet distance of its 64
 features to those of unseen real images (Heusel et al. 2017, arXiv:1706.08500, with our features: no
 published number compares). Beside each: what real images get.
 """
 import argparse
+import importlib
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from loading import ROOT, load
 from torch import nn
 from torch.nn import functional as F
 from tqdm import trange
+
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def train(images, labels, epochs, batch=128):
@@ -56,33 +62,45 @@ def frechet(a, b):
             - 2 * root).item()
 
 
+def real_images(folder, data):
+    """(images, labels) to train on, and the same that the judge does not see."""
+    sys.path.insert(0, str(ROOT / folder))
+    main = importlib.import_module("main")
+    images, labels, _, source = main.load_data(data)
+    print(source)
+    if "MNIST," in source:
+        test = torchvision.datasets.MNIST(data or ROOT / "MNIST/data", train=False)
+        return (images, labels), (test.data[:, None], test.targets)
+
+    test = torch.arange(len(images)) % 10 == 0
+    if folder == "DRUMS":  # some hits, five in a row, as neighbours are alike; all variations
+        hits = len([*(ROOT / "DRUMS/hits").glob("*/*.wav")])
+        test = torch.arange(len(images)) % hits // 5 % 5 == 0
+    return (images[~test], labels[~test]), (images[test], labels[test])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", help="what `visual.py --export` wrote")
+    parser.add_argument("--folder", choices=("MNIST", "CIFAR10", "DRUMS"), default="MNIST")
     parser.add_argument("--data", help="folder of the real images, as main.py's [its data/]")
     args = parser.parse_args()
     made = np.load(args.file)
-    pixels, wanted = torch.from_numpy(made["images"]), torch.from_numpy(made["labels"])
-    folder = {28: "MNIST", 32: "CIFAR10", 64: "DRUMS"}[pixels.shape[1]]
+    pixels = torch.from_numpy(made["images"])
     pixels = pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
-    images, labels, *_ = load(folder).load_data(args.data)
-    if folder == "MNIST":
-        test = torchvision.datasets.MNIST(args.data or ROOT / "MNIST/data", train=False)
-        unseen, unseen_labels = test.data[:, None], test.targets
-    else:                       # what the net saw, but the judge has not
-        test = torch.arange(len(images)) % 10 == 0
-        if folder == "DRUMS":   # some hits, five in a row, as neighbours are alike; all variations
-            hits = len([*(ROOT / "DRUMS/hits").glob("*/*.wav")])
-            test = torch.arange(len(images)) % hits // 5 % 5 == 0
-        unseen, unseen_labels = images[test], labels[test]
-        images, labels = images[~test], labels[~test]
-    judge = train(images, labels, epochs=8 if folder == "DRUMS" else 4)
-    reference, real = look(judge, unseen, unseen_labels)
+    wanted = torch.from_numpy(made["labels"])
+    known, unseen = real_images(args.folder, args.data)
+    if pixels.shape[1:] != known[0].shape[1:]:
+        parser.error(f"{args.file} holds images {tuple(pixels.shape[1:])}, "
+                     f"{args.folder} has {tuple(known[0].shape[1:])}")
+
+    judge = train(*known, epochs=8 if args.folder == "DRUMS" else 4)
+    reference, real = look(judge, *unseen)
     features, share = look(judge, pixels, wanted)
-    some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:len(pixels)]
-    known, _ = look(judge, images[some], labels[some])
+    some = torch.randperm(len(known[0]), generator=torch.Generator().manual_seed(0))[:len(pixels)]
+    others, _ = look(judge, known[0][some], known[1][some])
     print(f"{args.file}, {len(pixels)} images: {share:.4f} (real: {real:.4f}), Frechet "
-          f"{frechet(features, reference):.2f} (real: {frechet(known, reference):.2f})")
+          f"{frechet(features, reference):.2f} (real: {frechet(others, reference):.2f})")
 
 
 if __name__ == "__main__":
