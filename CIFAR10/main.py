@@ -97,7 +97,7 @@ def load_folder(root, size):
         except Exception as error:
             skipped.append(f"{path}: {error}")
     if skipped:
-        print(f"{len(skipped)} files skipped, the first is {skipped[0]}")
+        print(f"files left out: {len(skipped)}, the first is {skipped[0]}")
     if not images:
         raise UserError(f"--data {root}: no picture in a sub-folder of it")
     classes = sorted(set(names))

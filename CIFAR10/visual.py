@@ -9,6 +9,7 @@ Takes the newest checkpoint in runs/, else pretrained.pt. Net, schedule and samp
 """
 import argparse
 import unicodedata
+from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,13 +19,10 @@ from matplotlib.animation import PillowWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from main import HERE
+from main import (ETA, GUIDANCE, HERE, SAMPLE_STEPS, UserError, absolute, load_checkpoint,
+                  load_data, noise_schedule, q_sample, run, sample, to_target, walk, writing)
 
-if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
-    raise ImportError(f"the main.py of {HERE} is loaded: restart the kernel")
-from main import (ETA, GUIDANCE, SAMPLE_STEPS, UserError, absolute, load_checkpoint, load_data,
-                  noise_schedule, q_sample, run, sample, to_target, walk, writing)
-
+load_data = cache(load_data)
 TILE = 0.7              # inches a side of an image
 plt.style.use("default")  # whatever matplotlibrc says
 plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True,
@@ -64,14 +62,14 @@ class Model:
         return torch.Generator().manual_seed(self.seed), later
 
     def settings(self, y, generators=None, **changes):
-        """(arguments, options) of main.walk and main.sample for the classes y (B,)."""
+        """Arguments and options of walk and sample for the classes y (B,)."""
         first, later = generators or self.generators()
         x_T = torch.randn(len(y), *self.shape, generator=first).to(self.device)
         arguments = (self.net, x_T, y.to(self.device), self.alpha_bar, self.target)
         return arguments, {"generator": later} | self.options | changes
 
     def walk(self, y):
-        """main.walk for the classes y (B,): yields (t, x_t, x0_hat) on the CPU."""
+        """Yields (t, x_t, x0_hat) on the CPU."""
         arguments, options = self.settings(y)
         for t, x_t, x0_hat in walk(*arguments, **options):
             yield t, x_t.cpu(), x0_hat.cpu()
@@ -85,6 +83,8 @@ class Model:
         images, labels, classes, _ = load_data(self.data, self.shape[1])
         if classes != self.classes:
             raise UserError(f"the data have other classes: {', '.join(classes)}")
+        if images.shape[1:] != self.shape:
+            raise UserError(f"the data are images {tuple(images.shape[1:])}, not {self.shape}")
         return images, labels
 
     def real(self, y):
@@ -98,7 +98,7 @@ class Model:
 
 
 def tiled(model, title, images, rows, columns=None, varied=None):
-    """A figure of images (rows * columns, C, H, W), row by row; the columns are classes, mostly."""
+    """A figure of images (rows * columns, C, H, W), row by row."""
     used = model.options | {"seed": model.seed}
     caption = ", ".join(f"{name} {value:g}" for name, value in used.items() if name != varied)
     columns = columns or [model.classes[y] for y in model.labels(10)]
@@ -230,7 +230,7 @@ def complete(model):
 
 
 def neighbours(model):
-    """Is it copying? Generated images above the training images nearest to them, pixel by pixel."""
+    """Is it copying? Generated images above the training images nearest to them."""
     images, _ = model.load()
     images = torch.cat([images, images.flip(3)])
     made = model.images(model.labels(10))
@@ -291,7 +291,7 @@ def export(model, path, n, batch=50):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the reverse diffusion of a checkpoint.")
+    parser = argparse.ArgumentParser()
     devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     newest = max((HERE / "runs").glob("*/checkpoint.pt"), default=HERE / "pretrained.pt",
                  key=lambda path: path.stat().st_mtime)
@@ -314,7 +314,7 @@ def main():
     if not set(names) <= set(FIGURES):
         parser.error(f"no such figure: there are {', '.join(FIGURES)} and all")
     if not (args.steps > 0 and 0 <= args.eta <= 1 and 0 <= args.guidance < 1e6 and args.n > 0):
-        parser.error("--steps and --n are above zero, --eta is 0 to 1, --guidance not below zero")
+        parser.error("--steps, --n, --eta or --guidance is out of range")
     if not args.show:
         plt.switch_backend("Agg")  # files only: no window
 
@@ -333,8 +333,9 @@ def main():
             figure.savefig(file, bbox_inches="tight")
         print(picture)
         if name == "reverse":
-            animate(model, picture.with_suffix(".gif"))
-            print(picture.with_suffix(".gif"))
+            moving = picture.with_suffix(".gif")
+            animate(model, moving)
+            print(moving)
     if args.show:
         plt.show()
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from sound import UserError, augment, read_hits, to_picture
+from sound import SETTINGS, UserError, augment, read_hits, to_picture
 
 # ---- Config: what a reader would play with ----
 T = 1000            # noise levels
@@ -60,7 +60,7 @@ def load_data(data=None):
     hits, names = read_hits(Path(data or HERE / "hits"))
     generator = torch.Generator().manual_seed(0)
     images = [to_picture(hits)]
-    for _ in range(PICTURES // len(hits)):
+    for _ in tqdm(range(PICTURES // len(hits)), "varying them"):
         images.append(to_picture([augment(hit, generator) for hit in hits]))
     classes = sorted(set(names))
     labels = torch.tensor([classes.index(name) for name in names]).repeat(len(images))
@@ -324,7 +324,7 @@ def train(args, checkpoint, path):
     history = before["history"]
     torch.manual_seed(args.seed + step)
     config = dict(T=T, schedule=SCHEDULE, target=TARGET, size=images.shape[2], classes=classes,
-                  net=dict(classes=len(classes), channels=CHANNELS))
+                  sound=SETTINGS, net=dict(classes=len(classes), channels=CHANNELS))
     net, ema, optimizer = build(config, checkpoint, device)
     alpha_bar = noise_schedule(SCHEDULE, T).float().to(device)
     print(f"data: {source}")

@@ -6,14 +6,15 @@ spectrogram, uint8 (N, 1, 64, 64): a column every 16 ms, the low bands at the bo
 has to find one.
 """
 import glob
-import io
 import math
+import struct
 import unicodedata
 import wave
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from tqdm import tqdm
 
 RATE = 16_000           # numbers a second
 WINDOW = 1024           # numbers that a column is made of, 64 ms
@@ -23,6 +24,8 @@ LENGTH = HOP * (SIZE - 1)   # of the sound of a picture, one second
 DECIBELS = 80           # from black to white
 FULL = (WINDOW / 4) ** 2    # power of a tone of amplitude 1, white
 LEAD = WINDOW // 2      # silence before a hit
+QUIET = 1e-3            # what stays below, -60 dB, is silence
+SETTINGS = [RATE, WINDOW, HOP, SIZE, DECIBELS]      # what a picture means
 
 
 class UserError(ValueError):
@@ -96,8 +99,10 @@ def to_sound(picture, rounds=60):
 # ---- Variations of a sound ----
 def resample(sound, length):
     """A sound (L,) stretched to another length; what the new rate cannot hold is cut."""
-    spectrum = torch.fft.rfft(sound)
-    return torch.fft.irfft(spectrum[:length // 2 + 1], length) * (length / len(sound))
+    padded = F.pad(sound, (0, len(sound)))  # else its end runs into its beginning
+    spectrum = torch.fft.rfft(padded)
+    stretched = torch.fft.irfft(spectrum[:length + 1], 2 * length) * (length / len(sound))
+    return stretched[:length]
 
 
 def augment(sound, generator):
@@ -116,9 +121,8 @@ def read_hits(root):
     names = []
     skipped = []
     found = glob.glob("**", root_dir=root, recursive=True)  # without what is hidden
-    for path in sorted(Path(root, name) for name in found):
-        if not path.is_file():
-            continue
+    paths = sorted(Path(root, name) for name in found)
+    for path in tqdm([path for path in paths if path.is_file()], "reading sounds"):
         try:
             if path.parent == root:
                 raise ValueError("in no sub-folder")
@@ -127,7 +131,7 @@ def read_hits(root):
         except Exception as error:
             skipped.append(f"{path}: {error}")
     if skipped:
-        print(f"{len(skipped)} files skipped, the first is {skipped[0]}")
+        print(f"files left out: {len(skipped)}, the first is {skipped[0]}")
     if not hits:
         raise UserError(f"--data {root}: no .wav file in a sub-folder of it")
     return hits, names
@@ -135,42 +139,79 @@ def read_hits(root):
 
 def read_wav(path):
     """The hit in a .wav file, (L,): mono, 16 kHz, its peak 1, after LEAD of silence."""
-    with open(path, "rb") as file:
-        data = bytearray(file.read(2 ** 24))
-    if data[:4] != b"RIFF":
+    sound, rate = decode(path.read_bytes())  # (L, channels)
+    if not len(sound):
+        raise ValueError("it holds no sound")
+    if not sound.isfinite().all():
+        raise ValueError("it holds numbers that are not finite")
+
+    # one channel without an offset, loud enough to be no dither
+    mono = sound.mean(dim=1)
+    loudest = sound[:, sound.abs().amax(dim=0).argmax()]
+    if mono.abs().max() < loudest.abs().max() / 10:  # the channels cancel
+        mono = loudest
+    mono = mono - mono.mean()
+    if mono.abs().max() < QUIET:
+        raise ValueError("silence")
+
+    # from the attack on: where 10 ms hold a hundredth of the loudest 10 ms
+    span = rate // 100
+    total = F.pad((mono ** 2).double(), (1, span)).cumsum(0)
+    energy = total[span:] - total[:-span]
+    attack = (energy > energy.max() / 100).nonzero()[0].item()
+    hit = mono[attack:attack + 2 * rate]
+    hit = resample(hit, max(round(len(hit) * RATE / rate), 1))
+    return F.pad(hit / hit.abs().max(), (LEAD, 0))
+
+
+def decode(data):
+    """Numbers (L, channels) in [-1, 1] and their rate, of a .wav file's bytes.
+
+    The module wave knows no floats, and before Python 3.12 not the extensible kind.
+    """
+    if data[:4] not in (b"RIFF", b"RF64"):
         raise ValueError("no .wav file")
 
-    # wave reads whole numbers only, and before Python 3.12 not the extensible kind
-    kind = data.find(b"fmt ") + 8
-    if data[kind:kind + 2] == b"\xfe\xff":
-        data[kind:kind + 2] = data[kind + 24:kind + 26]
-    floats = data[kind] == 3
-    if floats:
-        data[kind] = 1
-    with wave.open(io.BytesIO(data)) as file:
-        channels, width, rate, _ = file.getparams()[:4]
-        data = bytearray(file.readframes(10 * rate))
+    # chunks: a name, a size, that many bytes; after an odd size a 0, which some forget
+    chunks = {}
+    place = 12
+    while place + 8 <= len(data) and b"data" not in chunks:
+        name = data[place:place + 4]
+        size = int.from_bytes(data[place + 4:place + 8], "little")
+        place += 8
+        if name == b"data" and size in (0, 2 ** 32 - 1):  # never written, or RF64
+            size = len(data)
+        chunks[name] = data[place:place + size]
+        place += size
+        if size % 2 and data[place:place + 1] == b"\0":
+            place += 1
+    if b"fmt " not in chunks or b"data" not in chunks:
+        raise ValueError("no sound in it: cut short, or damaged")
+
+    # what the numbers are
+    header = chunks[b"fmt "]
+    kind, channels, rate, _, block, bits = struct.unpack("<HHIIHH", header[:16])
+    if kind == 0xFFFE:  # extensible: the kind stands further behind
+        kind = int.from_bytes(header[24:26], "little")
+    width = block // max(channels, 1)
+    floats = {2: torch.float16, 4: torch.float32, 8: torch.float64}
+    if not rate or not (kind == 1 and width in (1, 2, 3, 4) or kind == 3 and width in floats):
+        raise ValueError(f"its kind {kind} with {width} bytes a number is not read")
 
     # bytes to numbers
-    del data[len(data) // (channels * width) * channels * width:]
-    if not data:
-        raise ValueError("empty")
-    parts = torch.frombuffer(data, dtype=torch.uint8).view(-1, channels, width)
+    whole = bytearray(chunks[b"data"])
+    del whole[len(whole) // (channels * width) * channels * width:]
+    if not whole:
+        return torch.zeros(0, channels), rate
+    parts = torch.frombuffer(whole, dtype=torch.uint8).view(-1, channels, width)
+    if kind == 3:
+        return parts.view(floats[width])[..., 0].float(), rate
     if width == 1:
         parts = parts ^ 128  # 8 bits come without a sign
-    if floats:
-        numbers = parts.view({4: torch.float32, 8: torch.float64}[width])
-    else:
-        numbers = F.pad(parts, (4 - width, 0)).view(torch.int32)  # (frames, channels, 1)
-    sound = numbers.float().mean(dim=(1, 2))
-
-    # from the onset on
-    sound = resample(sound, round(len(sound) * RATE / rate))
-    peak = sound.abs().max()
-    if peak == 0:
-        raise ValueError("silence")
-    onset = (sound.abs() > 0.01 * peak).nonzero()[0]
-    return F.pad(sound[onset:onset + 2 * RATE] / peak, (LEAD, 0))
+    numbers = F.pad(parts, (4 - width, 0)).view(torch.int32)[..., 0]
+    if bits < 8 * width and (numbers % 256).any():  # 24 bits at the lower end of 32
+        numbers = numbers << (8 * width - bits)
+    return numbers.double().div(2 ** 31).float(), rate
 
 
 def write_wav(file, sounds):

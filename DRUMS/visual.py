@@ -19,13 +19,9 @@ from matplotlib.animation import PillowWriter
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from main import HERE
-
-if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
-    raise ImportError(f"the main.py of {HERE} is loaded: restart the kernel")
-from main import (ETA, GUIDANCE, SAMPLE_STEPS, UserError, absolute, load_checkpoint, load_data,
-                  noise_schedule, q_sample, run, sample, to_target, walk, writing)
-from sound import DECIBELS, SIZE, to_sound, write_wav
+from main import (ETA, GUIDANCE, HERE, SAMPLE_STEPS, UserError, absolute, compare, load_checkpoint,
+                  load_data, noise_schedule, q_sample, run, sample, to_target, walk, writing)
+from sound import DECIBELS, SETTINGS, to_sound, write_wav
 
 load_data = cache(load_data)
 TILE = 0.9              # inches a side of an image
@@ -67,14 +63,14 @@ class Model:
         return torch.Generator().manual_seed(self.seed), later
 
     def settings(self, y, generators=None, **changes):
-        """(arguments, options) of main.walk and main.sample for the classes y (B,)."""
+        """Arguments and options of walk and sample for the classes y (B,)."""
         first, later = generators or self.generators()
         x_T = torch.randn(len(y), *self.shape, generator=first).to(self.device)
         arguments = (self.net, x_T, y.to(self.device), self.alpha_bar, self.target)
         return arguments, {"generator": later} | self.options | changes
 
     def walk(self, y):
-        """main.walk for the classes y (B,): yields (t, x_t, x0_hat) on the CPU."""
+        """Yields (t, x_t, x0_hat) on the CPU."""
         arguments, options = self.settings(y)
         for t, x_t, x0_hat in walk(*arguments, **options):
             yield t, x_t.cpu(), x0_hat.cpu()
@@ -88,6 +84,8 @@ class Model:
         images, labels, classes, _ = load_data(self.data)
         if classes != self.classes:
             raise UserError(f"the data have other classes: {', '.join(classes)}")
+        if images.shape[1:] != self.shape:
+            raise UserError(f"the data are images {tuple(images.shape[1:])}, not {self.shape}")
         return images, labels
 
     def real(self, y):
@@ -101,7 +99,7 @@ class Model:
 
 
 def tiled(model, title, images, rows, columns=None, varied=None):
-    """A figure of images (rows * columns, C, H, W), row by row; the columns are classes, mostly."""
+    """A figure of images (rows * columns, C, H, W), row by row."""
     used = model.options | {"seed": model.seed}
     caption = ", ".join(f"{name} {value:g}" for name, value in used.items() if name != varied)
     columns = columns or [model.classes[y] for y in model.labels(10)]
@@ -194,20 +192,6 @@ def guidance(model):
                  varied="guidance")
 
 
-def complete(model):
-    """A tenth of a second, four ways to go on."""
-    y = model.labels(10)
-    x_0 = model.real(y)
-    mask = torch.zeros_like(x_0, dtype=torch.bool)
-    mask[..., :SIZE // 10] = True
-
-    known = [x.repeat(4, 1, 1, 1).to(model.device) for x in (mask, x_0)]
-    made = model.images(y.repeat(4), known=known)
-    tiles = torch.cat([x_0, torch.where(mask, x_0, 0), made])
-    return tiled(model, "A tenth of a second is given, the rest is drawn", tiles,
-                 ["real", "given"] + 4 * ["drawn"])
-
-
 def neighbours(model):
     """Is it copying? Drawn hits above the nearest training hits."""
     images, _ = model.load()
@@ -258,7 +242,7 @@ def sounds(model):
 
 
 FIGURES = {f.__name__: f for f in
-           (reverse, grid, sounds, steps, guidance, loss, neighbours, complete)}
+           (reverse, grid, sounds, steps, guidance, loss, neighbours)}
 
 
 # ---- The .wav files ----
@@ -301,7 +285,7 @@ def export(model, path, n, batch=50):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Draw the reverse diffusion of a checkpoint.")
+    parser = argparse.ArgumentParser()
     devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     newest = max((HERE / "runs").glob("*/checkpoint.pt"), default=HERE / "pretrained.pt",
                  key=lambda path: path.stat().st_mtime)
@@ -324,12 +308,14 @@ def main():
     if not set(names) <= set(FIGURES):
         parser.error(f"no such figure: there are {', '.join(FIGURES)} and all")
     if not (args.steps > 0 and 0 <= args.eta <= 1 and 0 <= args.guidance < 1e6 and args.n > 0):
-        parser.error("--steps and --n are above zero, --eta is 0 to 1, --guidance not below zero")
+        parser.error("--steps, --n, --eta or --guidance is out of range")
     if not args.show:
         plt.switch_backend("Agg")  # files only: no window
 
     model = Model(args.checkpoint, args)
     print(f"checkpoint: {model.name}")
+    shipped = {"sound": [16_000, 1024, 256, 64, 80]}  # which older checkpoints do not say
+    compare(shipped | model.checkpoint["config"], {"sound": SETTINGS})
     if args.export:
         arrays = Path(args.export.removesuffix(".npz") + ".npz")
         if arrays.exists():
@@ -343,8 +329,9 @@ def main():
             figure.savefig(file, bbox_inches="tight")
         print(picture)
         if name == "reverse":
-            animate(model, picture.with_suffix(".gif"))
-            print(picture.with_suffix(".gif"))
+            moving = picture.with_suffix(".gif")
+            animate(model, moving)
+            print(moving)
         listen(model, name, picture.parent)
     if args.show:
         plt.show()

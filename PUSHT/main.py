@@ -5,7 +5,7 @@
     python visual.py                watch a plan come out of noise
 
 Method: Diffusion Policy (arXiv:2303.04137). This is MNIST/main.py, but x_0 is a plan, the disc's
-next positions in [-1, 1], and y is what the robot sees. Symbols are the papers'.
+next positions in [-1, 1], and y is what the robot sees.
 """
 import argparse
 import contextlib
@@ -62,7 +62,8 @@ def load_data(episodes, data=None):
     plans = world.to_block(commands[e[:, None], after], poses[e, k]) / REACH
     plans = plans.transpose(1, 2)[:, :, None].contiguous()
     y = observe(poses[e, k], discs[e, k], discs[e, before])
-    return plans, y, f"{len(ends):,} demonstrations, {len(y):,} plans"
+    cut = (plans.abs() > 1).flatten(1).any(1).float().mean()
+    return plans, y, f"{len(ends):,} demonstrations, {len(y):,} plans, {cut:.1%} beyond REACH"
 
 
 def observe(pose, disc, before):
@@ -356,7 +357,8 @@ def train(args, checkpoint, path):
     torch.manual_seed(args.seed + step)
     levels = 1 if args.regression else T
     config = dict(T=levels, schedule=SCHEDULE, target=TARGET, horizon=HORIZON, reach=REACH,
-                  sight=SIGHT, episodes=args.episodes, regression=args.regression,
+                  sight=SIGHT, world=world.SETTINGS, episodes=args.episodes,
+                  regression=args.regression,
                   net=dict(channels=CHANNELS, coordinates=2, observations=8))
     net, ema, optimizer = build(config, checkpoint, device, args.init)
     alpha_bar = noise_schedule(SCHEDULE, levels).float().to(device)
@@ -411,11 +413,12 @@ def train(args, checkpoint, path):
         bar.update(B)
     bar.close()
     if not stop:
-        start = world.starts(200, torch.Generator().manual_seed(1))  # the demonstrations' is 0
+        start = world.starts(200, torch.Generator().manual_seed(1))
         best = world.best_coverage(drive(ema, *start, alpha_bar))
         shares = [f"{(best >= c).float().mean():.1%} reach {c:.2f}" for c in (0.9, 0.95)]
-        print(f"200 unseen starts, the share of the goal covered: {', '.join(shares)}")
-    print(f'next: python "{HERE / "visual.py"}" --checkpoint "{path}"')
+        print(f"200 unseen starts, coverage: {', '.join(shares)}")
+    flag = "fan --regression" if args.regression else "--checkpoint"
+    print(f'next: python "{HERE / "visual.py"}" {flag} "{path}"')
 
 
 # ---- Files and flags ----
@@ -488,10 +491,10 @@ def main():
     devices = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]
     length = parser.add_mutually_exclusive_group().add_argument
     length("--minutes", type=float, default=math.inf, help=f"[{MINUTES}]")
-    length("--steps", type=int, default=math.inf, help="repeatable on a CPU")
+    length("--steps", type=int, default=math.inf)
     add = parser.add_argument
-    add("--batch-size", type=int, default=256, help="[256]")
-    add("--lr", type=float, default=4e-3, help="[4e-3]")
+    add("--batch-size", type=int, default=256)
+    add("--lr", type=float, default=4e-3)
     add("--seed", type=int, default=0)
     add("--episodes", type=int, help="[1000, with --data 0]")
     add("--data", type=absolute)

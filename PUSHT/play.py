@@ -16,21 +16,20 @@ from main import (DRIVEN, ETA, HORIZON, SAMPLE_STEPS, UserError, absolute, obser
                   writing)
 from visual import BLUE, RED, Model, newest, plt, scene
 
-KEYS = """drag block or disc    space: new start    r: regression    s: shove
+KEYS = """drag block or disc    space: new start    r: regression
 1 2 4 8: points driven    left, right: sampling steps    q: quit"""
 RECORD_KEYS = """drag the disc: time runs while you hold it
 Enter: keep the episode    space: drop it    q: keep and quit"""
 
 
 class Game:
-    """drivers[0] (name, colour, Model) drives or, with a file, you."""
+    """drivers[0], a (name, colour, Model), drives or, with a file, you."""
 
     def __init__(self, figure, drivers, file=None):
         self.axis = figure.add_subplot()
         self.drivers = drivers
         self.file = file
         self.driven = DRIVEN
-        self.shove = False
         self.key = None
         self.note = ""
         self.begin()
@@ -75,8 +74,6 @@ class Game:
             self.keep()
         if key == "r":
             self.drivers.reverse()
-        if key == "s":
-            self.shove = not self.shove
         if key in ("1", "2", "4", "8"):
             self.driven = min(int(key), HORIZON)
         if key in ("left", "right") and name == "diffusion":
@@ -92,7 +89,7 @@ class Game:
         if self.plan is None or self.k == self.driven:
             y = observe(self.pose, self.disc, self.before)
             x_0 = model.sample(torch.randn(1, 2, 1, HORIZON), y)
-            self.plan = to_path(x_0, self.pose) + 0.3 * self.shove * torch.randn(2)
+            self.plan = to_path(x_0, self.pose)
             self.k = 0
 
         # move
@@ -105,7 +102,8 @@ class Game:
         pose, disc = world.step(self.pose, self.disc, command)
         if self.file and self.held == "disc" and not full:
             self.rows.append((self.pose, self.disc, disc))
-            self.note = "Enter keeps it, space drops it" if len(self.rows) == world.STEPS else ""
+            full = len(self.rows) == world.STEPS
+            self.note = "no more time: Enter keeps it, space drops it" * full
         self.before = self.disc
         self.pose = pose
         self.disc = disc
@@ -114,8 +112,7 @@ class Game:
     def draw(self):
         name, colour, model = self.drivers[0]
         plans = self.plan[:, self.k:]
-        title = (f"{name}{', shoved' * self.shove}\n"
-                 f"{self.driven} driven, {model.options['steps']} sampling steps")
+        title = f"{name}\n{self.driven} driven, {model.options['steps']} sampling steps"
         if self.file:
             plans = []
             title = f"step {len(self.rows)}\n{self.note}"

@@ -16,13 +16,9 @@ import torch
 from matplotlib.animation import PillowWriter
 
 import world
-from main import HERE
-
-if HERE != Path(__file__).resolve().parent:  # a notebook keeps the first that it loads
-    raise ImportError(f"the main.py of {HERE} is loaded: restart the kernel")
-from main import (DRIVEN, ETA, HORIZON, REACH, SAMPLE_STEPS, SIGHT, UserError, absolute, compare,
-                  drive, load_checkpoint, load_data, noise_schedule, observe, run, sample, to_path,
-                  walk, writing)
+from main import (DRIVEN, ETA, HERE, HORIZON, REACH, SAMPLE_STEPS, SIGHT, UserError, absolute,
+                  compare, drive, load_checkpoint, load_data, noise_schedule, observe, run, sample,
+                  to_path, walk, writing)
 
 BLUE = "tab:blue"
 ORANGE = "tab:orange"
@@ -41,7 +37,9 @@ class Model:
     def __init__(self, path, args):
         self.checkpoint, self.net = load_checkpoint(path, args.device)
         self.config = self.checkpoint["config"]
-        compare(self.config, {"horizon": HORIZON, "reach": REACH, "sight": SIGHT})
+        shipped = {"world": [1.7692, 0.5, 0.6]}  # which older checkpoints do not say
+        compare(shipped | self.config, {"horizon": HORIZON, "reach": REACH, "sight": SIGHT,
+                                        "world": world.SETTINGS})
         self.name = f"{Path(path).parent.name}/{Path(path).name}, step {self.checkpoint['step']}"
         alpha_bar = noise_schedule(self.config["schedule"], self.config["T"])
         self.alpha_bar = alpha_bar.float().to(args.device)

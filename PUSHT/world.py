@@ -31,6 +31,7 @@ GRID = torch.cat([torch.cartesian_prod(torch.arange(left + CELL / 2, right, CELL
                   for left, right, bottom, top in (BAR, STEM)])  # the squares' centres (K, 2)
 NAMES = ("poses", "discs", "commands", "ends")     # of recorded arrays
 C2 = GRID.norm(dim=1).mean().item() ** 2    # c^2: how hard the block is to turn
+SETTINGS = [round(C2, 4), RADIUS, SPEED]    # what a plan means; C2 is the block's shape
 
 
 class UserError(ValueError):

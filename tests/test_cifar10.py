@@ -91,7 +91,7 @@ def test_what_is_no_picture_is_skipped_and_said(pictures, tmp_path, capsys):
     assert images.shape == (22, 3, 64, 64) and images.dtype == torch.uint8
     assert labels.bincount().tolist() == [7, 15] and classes == ["few", "many"]
     said = capsys.readouterr().out
-    assert "5 files skipped" in said and "beside.png: in no sub-folder" in said
+    assert "files left out: 5" in said and "beside.png: in no sub-folder" in said
     assert "few 7, many 15" in source and images[6].float().mean() > 190
     assert (images[-1] == 255).all()                    # seen through: white
     for size in (30, 0, -8):
@@ -156,11 +156,20 @@ def test_a_bad_mirror_is_left_for_a_good_one(cifar, before, tmp_path, monkeypatc
 
 # ---- checkpoints ----
 def test_init_keeps_what_other_classes_can_use(pictures, tmp_path):
-    """The shipped weights on a folder of two classes: all of the net but its table of classes."""
+    """The shipped weights on a folder of two classes: each class begins as any class."""
     weights = torch.load(ROOT / "CIFAR10/pretrained.pt", weights_only=True)["ema"]
     works(MAIN, "--init", "CIFAR10/pretrained.pt", "--data", pictures, "--steps", 1, *SMALL,
           "--lr", 1e-8, "--out", tmp_path / "run")
     run = read(tmp_path / "run")
-    assert run["config"]["classes"] == ["few", "many"] and len(run["model"]["label.weight"]) == 3
-    for key in weights.keys() - {"label.weight"}:
+    assert run["config"]["classes"] == ["few", "many"]
+    weights["label.weight"] = weights["label.weight"][:1].repeat(3, 1)
+    for key in weights:
         torch.testing.assert_close(run["model"][key], weights[key].float(), rtol=0, atol=1e-7)
+
+
+def test_init_of_another_meaning_is_refused(narrow, pictures, tmp_path):
+    fails(narrow / "main.py", "--init", "CIFAR10/pretrained.pt", "--data", pictures, *SMALL,
+          words=["with T 1000, here it is 20"])
+    folder = copied(tmp_path / "CIFAR10", ('TARGET = "v" ', 'TARGET = "eps" '), source="CIFAR10")
+    fails(folder / "main.py", "--init", "CIFAR10/pretrained.pt", "--data", pictures, *SMALL,
+          words=["target v, here it is eps"])

@@ -289,7 +289,7 @@ def test_a_training_step_is_algorithm_1(main):
 DIFFERENT = {
     "main.py": """load_data main train build training_step walk absolute UNet UNet.__init__
         UNet.forward Block.__init__ Block.forward""",
-    "visual.py": """Model Model.__init__ Model.load Model.walk animate complete export main
+    "visual.py": """Model Model.__init__ Model.load Model.walk animate export main
         neighbours reverse steps"""}
 
 

@@ -102,7 +102,7 @@ def test_recorded_episodes_are_read(trained, tmp_path):
     np.savez(file, **dict(zip(names, parts)))
     small = ["--data", file, "--batch-size", 8, "--device", "cpu"]
     out = works(script, *small, "--steps", 4, "--out", tmp_path / "a")
-    assert "3 demonstrations, 23 plans" in out
+    assert "3 demonstrations, 23 plans, 0.0% beyond REACH" in out
     works(script, "--resume", tmp_path / "a/checkpoint.pt", "--steps", 6)
     assert read(tmp_path / "a")["step"] == 6
     out = works(script, *small, "--steps", 1, "--episodes", 2, "--out", tmp_path / "b",
@@ -110,20 +110,31 @@ def test_recorded_episodes_are_read(trained, tmp_path):
     assert "5 demonstrations" in out
     works(trained[0] / "visual.py", "copying", "--checkpoint", tmp_path / "a/checkpoint.pt")
     fails(script, *small, "--init", "PUSHT/pretrained.pt", words=["with T 1000, here it is 30"])
-    for wrong in ([parts[1], *parts[1:]], [*parts[:3], torch.tensor([32, 20, 15])]):
+    for wrong in ([parts[1], *parts[1:]], [*parts[:3], torch.tensor([32, 20, 15])],
+                  [parts[0] / 0, *parts[1:]]):
         np.savez(file, **dict(zip(names, wrong)))
         fails(script, *small, words=["mine.npz holds no episodes of 16 steps"])
     fails(script, "--data", tmp_path / "nowhere", words=["nowhere"])
 
 
 def test_another_horizon_or_reach_is_never_used_unsaid(trained, tmp_path):
-    run = next((trained[0] / "runs").iterdir()) / "checkpoint.pt"
+    run = min((trained[0] / "runs").iterdir()) / "checkpoint.pt"
     for old, new in (("HORIZON = 16", "HORIZON = 8"), ("REACH = 5.0", "REACH = 4.0")):
         folder = copied(tmp_path / new, ("T = 1000 ", "T = 30 "), ("32, 64, 64", "8, 16, 16"),
                         (old, new), source="PUSHT")
         fails(folder / "main.py", "--resume", run, "--steps", 300, "--device", "cpu",
               words=["trained with " + old.split()[0].lower()])
         fails(folder / "visual.py", "--checkpoint", run, words=[old.split()[0].lower()])
+
+
+def test_a_policy_of_another_block_is_refused(trained, tmp_path):
+    run = min((trained[0] / "runs").iterdir()) / "checkpoint.pt"
+    folder = copied(tmp_path / "L", ("T = 1000 ", "T = 30 "), ("32, 64, 64", "8, 16, 16"),
+                    source="PUSHT")
+    code = (folder / "world.py").read_text()
+    (folder / "world.py").write_text(code.replace("STEM = (-0.5, 0.5,", "STEM = (-2.0, -1.0,"))
+    fails(folder / "visual.py", "--checkpoint", run, words=["trained with world"])
+    fails(folder / "main.py", "--init", run, *SMALL, words=["trained with world"])
 
 
 def test_shipped_weights_push_and_the_average_does_not(main, world):
