@@ -31,8 +31,8 @@ T = 1000            # noise levels
 SCHEDULE = "cosine"  # or "linear", as in DDPM, or "flow"
 TARGET = "v"        # what the net predicts: "v", "eps", "x0" or "flow"
 CHANNELS = (32, 64, 64)     # at 16, 8, 4 points of a plan
-HORIZON = 16        # points of a plan, one a control step; a multiple of 4
-DRIVEN = 4          # how many are driven before the robot looks again
+HORIZON = 16        # points of a plan, a multiple of 4
+DRIVEN = 4          # of them driven before it looks again
 MINUTES = 4.5       # of training
 WARMUP = 100        # steps to the peak learning rate
 SAMPLE_STEPS = 5    # how many of the T levels are visited
@@ -49,15 +49,13 @@ WAVES = 5           # sines and cosines of each number of y
 # ---- Data: 16 commands of an expert in a row, and what it saw ----
 def load_data(episodes, data=None):
     """Plans float32 (N, 2, 1, 16), like pictures; observations float32 (N, 8); a description."""
-    parts = []
-    if data:
-        parts.append(world.read_episodes(data, HORIZON))
+    parts = [world.read_episodes(data, HORIZON)] if data else []
     if episodes:
         parts.append(world.demonstrations(episodes))
     poses, discs, commands, ends = (torch.cat(part) for part in zip(*parts))
     steps = torch.arange(poses.shape[1])
     e, k = (steps <= ends[:, None] - HORIZON).nonzero(as_tuple=True)
-    after = k[:, None] + torch.arange(HORIZON)  # (N, 16)
+    after = k[:, None] + torch.arange(HORIZON)
     before = (k - 1).clamp(min=0)
     plans = world.to_block(commands[e[:, None], after], poses[e, k]) / REACH
     plans = plans.transpose(1, 2)[:, :, None].contiguous()
@@ -145,7 +143,7 @@ def group_norm(channels, affine=True):
 
 
 def conv(c_in, c_out):
-    return nn.Conv2d(c_in, c_out, (1, 3), padding=(0, 1))  # along time
+    return nn.Conv2d(c_in, c_out, (1, 3), padding=(0, 1))
 
 
 def zero_init(layer):
@@ -298,18 +296,21 @@ def sample(net, x_T, y, alpha_bar, target=TARGET, **options):
 
 
 # ---- Driving: plan, push, look again ----
-def drive(net, pose, disc, alpha_bar, target=TARGET, driven=DRIVEN, generator=None, **options):
+def drive(net, pose, disc, alpha_bar, target=TARGET, driven=DRIVEN, see=None, generator=None,
+          **options):
     """A closed loop, B episodes at once: yields (pose, disc, plan) before each control step.
 
     pose (B, 3), disc (B, 2), plan (B, 16, 2) in the world's frame; options are the sampler's.
+    see(pose, disc): the pose that the robot takes for true, if it is not told.
     """
     device = alpha_bar.device
     before = disc
     for k in range(world.STEPS):
         if k % driven == 0:
             x_T = torch.randn(len(pose), 2, 1, HORIZON, generator=generator).to(device)
-            y = observe(pose, disc, before).to(device)
-            plan = to_path(sample(net, x_T, y, alpha_bar, target, **options).cpu(), pose)
+            seen = see(pose, disc) if see else pose
+            y = observe(seen, disc, before).to(device)
+            plan = to_path(sample(net, x_T, y, alpha_bar, target, **options).cpu(), seen)
         yield pose, disc, plan
         before = disc
         pose, disc = world.step(pose, disc, plan[:, k % driven])
@@ -423,7 +424,6 @@ def train(args, checkpoint, path):
 
 # ---- Files and flags ----
 def build(config, checkpoint, device, init=None):
-    """(net, its average, optimizer), new or as a checkpoint has them."""
     net = UNet(**config["net"]).to(device)
     if init and not checkpoint:
         weights, _ = load_checkpoint(init)
@@ -500,8 +500,8 @@ def main():
     add("--data", type=absolute)
     add("--init", type=absolute)
     add("--regression", action="store_true")
-    add("--out", type=absolute, help="new folder [runs/TIME here]")
-    add("--resume", type=absolute, help="go on in it, with its settings")
+    add("--out", type=absolute)
+    add("--resume", type=absolute)
     add("--device", choices=devices, default=devices[0])
     args = parser.parse_args()
 
@@ -520,7 +520,6 @@ def main():
             path = Path(args.resume)
         settings = checkpoint["args"] | {"device": args.device}
 
-    # what is not given anew stays
     if min(args.minutes, args.steps) < math.inf:
         settings = settings | {"minutes": math.inf, "steps": math.inf}
     parser.set_defaults(**settings)

@@ -19,7 +19,7 @@ from visual import BLUE, RED, Model, newest, plt, scene
 KEYS = """drag block or disc    space: new start    r: regression
 1 2 4 8: points driven    left, right: sampling steps    q: quit"""
 RECORD_KEYS = """drag the disc: time runs while you hold it
-Enter: keep the episode    space: drop it    q: keep and quit"""
+Enter: keep    space: drop    q: keep and quit"""
 
 
 class Game:
@@ -43,7 +43,7 @@ class Game:
         self.before = self.disc
         self.held = None
         self.plan = None
-        self.rows = []  # pose, disc, command
+        self.rows = []
 
     def mouse(self, event):
         if event.name == "button_release_event":
@@ -56,7 +56,7 @@ class Game:
             self.grip = self.pose[:, :2] - self.hand
         if self.held == "block" and not self.file:
             pose = self.pose.clone()
-            pose[:, :2] = (self.hand + self.grip).clamp(-3, 3)  # leaves a way round it
+            pose[:, :2] = (self.hand + self.grip).clamp(-3, 3)
             disc = world.to_block(self.disc[:, None], pose)[:, 0]
             if (disc - world.nearest(disc)).norm() > world.RADIUS:
                 self.pose = pose
@@ -144,23 +144,22 @@ class Game:
 
 
 def window():
-    plt.rcParams["toolbar"] = "None"  # its keys are ours
+    plt.rcParams["toolbar"] = "None"
     for backend in ("macosx", "TkAgg", "QtAgg"):
         try:
             plt.switch_backend(backend)
             return plt.figure(figsize=(5, 5.8), dpi=100)
         except Exception:
             plt.close("all")
-    raise UserError("no window: it takes a display, and apt's python3-tk or libxcb-cursor0 and "
-                    "pip install PyQt6")
+    raise UserError("no window: it takes a display and python3-tk, or PyQt6 and libxcb-cursor0")
 
 
 def main():
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("--record", type=absolute, metavar="FILE.npz", help="you drive")
-    add("--checkpoint", type=absolute, help="[newest run, else pretrained.pt]")
-    add("--regression", type=absolute, help="[newest run, else regression.pt]")
+    add("--record", type=absolute, metavar="FILE.npz")
+    add("--checkpoint", type=absolute)
+    add("--regression", type=absolute)
     parser.set_defaults(steps=SAMPLE_STEPS, eta=ETA, driven=DRIVEN, starts=1, seed=0, device="cpu")
     args = parser.parse_args()
     if args.record and os.path.exists(args.record):
