@@ -1,12 +1,11 @@
 """A robot that sees: an eye finds the block in a picture, and main.py's policy drives by it.
 
     python camera.py            train the eye for 4 minutes, then drive 200 unseen starts by it
-    python camera.py --draw     figures/camera.png and .gif from the shipped eye, eye.pt
+    python camera.py --draw     figures/camera.gif, from the shipped eye, eye.pt
 
 In training the eye is told the block's pose, which a simulator knows. Then the policy gets the
 eye's guess in the place of the truth; where its disc is, a robot knows. The eye looks at points:
-the spatial softmax of Levine et al. 2016 (arXiv:1504.00702). The measure: errors of place and
-angle, and the shares of starts that reach 0.90 and 0.95 of the goal.
+the spatial softmax of Levine et al. 2016 (arXiv:1504.00702).
 """
 import argparse
 import math
@@ -25,20 +24,19 @@ from main import (HERE, absolute, catch_ctrl_c, drive, load_checkpoint, noise_sc
                   writing)
 from visual import BLUE, newest
 
-SIZE = 64               # pixels a side
-WIDTH = 17.0            # world units a side
-MAPS = 32               # of the eye; each looks at one point
-LR = 2e-3
-BATCH = 64
-COLOURS = torch.tensor([(1.0, 1.0, 1.0), (0.57, 0.93, 0.57), (0.48, 0.53, 0.6),
-                        (0.25, 0.41, 0.88)])    # table, goal, block, disc
+SIZE = 64       # pixels a side
+WIDTH = 17.0    # world units a side
+MAPS = 32       # of the eye; each looks at one point
+LR = 4e-3
+BATCH = 32
+COLOURS = torch.tensor([(1, 1, 1), (0.57, 0.93, 0.57), (0.48, 0.53, 0.6), (0.25, 0.41, 0.88)])
 GRID = WIDTH * ((torch.arange(SIZE) + 0.5) / SIZE - 0.5)
 PIXELS = torch.stack(torch.meshgrid(GRID, -GRID, indexing="xy"), dim=-1).view(-1, 2)    # y up
 
 
 # ---- The camera: from a scene to a picture ----
 def cover(points):
-    """How much of each pixel the block covers, (B, K), from its centre in the block's frame."""
+    """How much of each pixel the block covers, (B, K); points: pixels in the block's frame."""
     x, y = points.unbind(-1)
     inside = []
     for left, right, bottom, top in (world.BAR, world.STEM):
@@ -51,7 +49,7 @@ def cover(points):
 def photograph(pose, disc, vary=False):
     """Pictures (B, 3, 64, 64) in [0, 1] of poses (B, 3) and discs (B, 2) on the goal's table.
 
-    vary: other colours, light, blur and noise each time, so that another camera will do.
+    vary: other colours, light, blur and noise each time.
     """
     B = len(pose)
     points = PIXELS.expand(B, -1, -1)
@@ -60,7 +58,7 @@ def photograph(pose, disc, vary=False):
     block = cover(world.to_block(points, pose))
     robot = ((world.RADIUS - near) * SIZE / WIDTH + 0.5).clamp(0, 1)
 
-    colours = COLOURS.repeat(B, 1, 1)[..., None]  # (B, 4, 3, 1)
+    colours = COLOURS.repeat(B, 1, 1)[..., None]  # of table, goal, block, disc (B, 4, 3, 1)
     if vary:
         colours = (colours + 0.08 * torch.randn(B, 4, 3, 1)).clamp(0, 1)
     picture = colours[:, 0]
@@ -87,18 +85,18 @@ class Eye(nn.Module):
             nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.SiLU(),
             nn.Conv2d(16, 32, 5, stride=2, padding=2), nn.SiLU(),
             nn.Conv2d(32, MAPS, 3, padding=1))
-        self.pose = nn.Sequential(nn.Linear(2 * MAPS, 128), nn.SiLU(), nn.Linear(128, 4))
+        self.pose = nn.Sequential(nn.Linear(2 * MAPS, 256), nn.SiLU(), nn.Linear(256, 4))
 
     def look(self, picture):
         """Where each map looks, (B, 32, 2) in [-1, 1]: the mean place under its softmax."""
         maps = self.maps(2 * picture - 1)
         side = maps.shape[-1]
-        share = maps.flatten(2).softmax(-1).unflatten(2, (side, side))
+        share = (10 * maps).flatten(2).softmax(-1).unflatten(2, (side, side))
         place = (torch.arange(side) + 0.5) / side * 2 - 1
         return torch.stack([share.sum(2) @ place, -(share.sum(3) @ place)], dim=2)  # y up
 
     def forward(self, picture):
-        return self.pose(self.look(picture).flatten(1))
+        return self.pose(10 * self.look(picture).flatten(1))
 
     @torch.no_grad()
     def see(self, pose, disc):
@@ -107,18 +105,21 @@ class Eye(nn.Module):
 
 
 def to_pose(answer):
-    """x, y and angle (B, 3) of x, y, cos and sin (B, 4)."""
+    """x, y, angle (B, 3) of x, y, cos, sin (B, 4)."""
     return torch.cat([answer[:, :2], torch.atan2(answer[:, 3:], answer[:, 2:3])], dim=1)
 
 
 def train(eye, seconds):
-    """Scenes of the demonstrations for so many seconds, or until Ctrl-C."""
-    poses, discs = (part.flatten(0, 1) for part in world.demonstrations(1000)[:2])
-    optimizer = torch.optim.Adam(eye.parameters(), LR, fused=True)
+    """Learns from the demonstrations' scenes, until Ctrl-C."""
+    poses, discs, _, ends = world.demonstrations(1000)
+    counts = torch.arange(poses.shape[1]) < ends[:, None]
+    poses = poses[counts]
+    discs = discs[counts]
+    optimizer = torch.optim.Adam(eye.parameters(), betas=(0.9, 0.99), fused=True)
     stop = catch_ctrl_c()
     began = time.monotonic()
     share = 0.0
-    bar = tqdm(total=round(seconds), bar_format="{l_bar}{bar}| {n:.0f}/{total} s{postfix}")
+    bar = tqdm(total=1.0, bar_format="{l_bar}{bar}| {remaining} left{postfix}")
     while share < 1 and not stop:
         i = torch.randint(len(poses), (BATCH,))
         pose = poses[i]
@@ -126,17 +127,18 @@ def train(eye, seconds):
         loss = F.mse_loss(eye(photograph(pose, discs[i], vary=True)), wanted)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * share)) / 2
+        lr = LR * min(share / 0.03 + 0.02, 1) * (1 + math.cos(math.pi * share)) / 2
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         share = min((time.monotonic() - began) / seconds, 1)
         bar.set_postfix(loss=loss.item(), refresh=False)
-        bar.update(share * seconds - bar.n)
+        bar.update(share - bar.n)
     bar.close()
 
 
 # ---- Driving by it ----
 def measure(eye, policy, n):
-    """Drives n unseen starts by the eye; prints its errors on the way and the shares."""
+    """Drives n unseen starts by the eye; prints its errors and how many get home."""
     errors = []
 
     def see(pose, disc):
@@ -153,55 +155,43 @@ def measure(eye, policy, n):
 
 
 @torch.no_grad()
-def draw(eye, policy, out, every=4):
-    """One unseen start: camera.png, six moments; camera.gif, a film of it."""
-    moments = []
+def film(eye, policy, path, every=4):
+    """One unseen start: what it sees, where its maps look, the plan, and its guess of the place."""
+    edge = WIDTH / 2
+    figure, axis = plt.subplots(figsize=(3.4, 3.7))
+    writer = PillowWriter(fps=8)
+    writer.setup(figure, path.name, dpi=80)
     start = world.starts(1, torch.Generator().manual_seed(3))
     for k, (pose, disc, plan) in enumerate(policy(*start, see=eye.see)):
-        if k % every == 0:
-            picture = photograph(pose, disc)
-            moments.append((k, picture[0].permute(1, 2, 0), plan[0], eye.see(pose, disc)[0],
-                            eye.look(picture)[0] * WIDTH / 2))
-        if world.coverage(pose) > 0.95:
-            break
-
-    figure, axes = plt.subplots(1, 6, figsize=(11, 2.2))
-    for axis, k in zip(axes, torch.linspace(0, len(moments) - 1, 6).round().int().tolist()):
-        show(axis, *moments[k])
-    with writing(out / "camera.png") as file:
-        figure.savefig(file, bbox_inches="tight")
-
-    figure, axis = plt.subplots(figsize=(3, 3.2))
-    writer = PillowWriter(fps=8)
-    writer.setup(figure, out / "camera.gif", dpi=80)
-    for moment in moments + 8 * moments[-1:]:
-        show(axis, *moment)
+        home = world.coverage(pose).item()
+        if k % every and home < 0.95:
+            continue
+        picture = photograph(pose, disc)
+        axis.clear()
+        axis.imshow(picture[0].permute(1, 2, 0).numpy(), extent=(-edge, edge, -edge, edge))
+        axis.plot(*(eye.look(picture)[0].T * edge), "x", color="tab:red", ms=4)
+        axis.plot(*plan[0].T, color=BLUE, lw=1, marker=".", ms=3)
+        axis.plot(*eye.see(pose, disc)[0, :2], "o", color="black", ms=4)
+        axis.set(xlim=(-edge, edge), ylim=(-edge, edge), xticks=[], yticks=[])
+        axis.set_title(f"step {k}: {home:.0%} covered", fontsize=9)
         writer.grab_frame()
-    with writing(out / "camera.gif") as writer.outfile:
+        if home >= 0.95:
+            break
+    for _ in range(8):  # a second
+        writer.grab_frame()
+    with writing(path) as writer.outfile:
         writer.finish()
-    print(out / "camera.png", out / "camera.gif")
-
-
-def show(axis, step, picture, plan, seen, points):
-    """What it sees, where its maps look, what it takes for the block's place, and its plan."""
-    edge = WIDTH / 2
-    axis.clear()
-    axis.imshow(picture.numpy(), extent=(-edge, edge, -edge, edge))
-    axis.plot(*points.T, "x", color="tab:red", ms=4)
-    axis.plot(*plan.T, color=BLUE, lw=1, marker=".", ms=3)
-    axis.plot(*seen[:2], "o", color="black", ms=4)
-    axis.set(xlim=(-edge, edge), ylim=(-edge, edge), xticks=[], yticks=[])
-    axis.set_title(f"step {step}", fontsize=8)
+    print(path)
 
 
 def main():
     parser = argparse.ArgumentParser()
     add = parser.add_argument
-    add("--minutes", type=float, default=4.0, help="of training [4]")
+    add("--minutes", type=float, default=4.0)
     add("--seed", type=int, default=0)
-    add("--starts", type=int, default=200, help="episodes to drive [200]")
-    add("--draw", action="store_true", help="the pictures, from the shipped eye")
-    add("--out", type=absolute, default=HERE / "figures", help="folder [figures/ here]")
+    add("--starts", type=int, default=200)
+    add("--draw", action="store_true")
+    add("--out", type=absolute, default=HERE / "figures")
     args = parser.parse_args()
     if not (0 < args.minutes < math.inf and args.starts > 0):
         parser.error("numbers must be above 0 and finite")
@@ -224,9 +214,9 @@ def main():
     else:
         train(eye, 60 * args.minutes)
         with writing(out / "eye.pt") as file:
-            torch.save(eye.half().state_dict(), file)
-        measure(eye.float(), policy, args.starts)
-    draw(eye, policy, out)
+            torch.save(eye.state_dict(), file)
+        measure(eye, policy, args.starts)
+    film(eye, policy, out / "camera.gif")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ SHARES = {"v": 90, "linear": 83, "flow": 90, "x0": 84, "eps": 36, "eps, no clamp
 PICS = Path(__file__).resolve().parent
 ROOT = PICS.parent
 SHOWN = {"MNIST": ("grid", "reverse", "forward", "guidance", "neighbours", "complete", "loss"),
-         "CIFAR10": ("grid", "reverse"), "PUSHT": ("fan", "drive")}
+         "CIFAR10": ("grid", "reverse"), "PUSHT": ("fan",)}
 
 
 def visual_of(folder):
