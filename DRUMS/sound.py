@@ -141,7 +141,7 @@ def read_wav(path):
     """The hit in a .wav file, (L,): mono, 16 kHz, its peak 1, after LEAD of silence."""
     sound, rate = decode(path.read_bytes())  # (L, channels)
     if not len(sound):
-        raise ValueError("it holds no sound")
+        raise ValueError("no sound in it")
     if not sound.isfinite().all():
         raise ValueError("it holds numbers that are not finite")
 

@@ -12,7 +12,6 @@ a hat for what the net believes.
 import argparse
 import contextlib
 import copy
-import io
 import math
 import os
 import signal
@@ -374,10 +373,8 @@ def train(args, checkpoint, path):
                          step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
                          model=net.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict())
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
             with writing(path) as file:
-                file.write(buffer.getbuffer())
+                torch.save(state, file)
         bar.update(B)
     bar.close()
     print(f'next: python "{HERE / "visual.py"}" --checkpoint "{path}"')
@@ -428,7 +425,7 @@ def writing(path):
         with open(part, "wb") as file:
             yield file
         part.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's, on a full disk
         raise UserError(f"cannot write {path}: {error}") from error
 
 
@@ -490,6 +487,7 @@ def main():
 
 
 def run(main):
+    """Runs a script; nothing else ends it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -144,7 +144,7 @@ def reverse(model):
 
 
 def animate(model, path):
-    """The same as a GIF: x_t on the left, x0_hat on the right."""
+    """The same as a GIF."""
     y = model.labels(10).repeat_interleave(5)
     rows = [model.classes[name] for name in y[::5]]
     figure, axes = plt.subplots(1, 2, figsize=(6, 6))
@@ -280,10 +280,10 @@ def export(model, path, n, batch=50):
     """n generated images as arrays: images uint8 (n, H, W[, C]), labels int64 (n,)."""
     y = model.labels(n)
     generators = model.generators()
+    chunks = [model.images(labels, generators=generators)
+              for labels in tqdm(y.split(batch), "exporting")]
+    pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     with writing(path) as file:
-        chunks = [model.images(labels, generators=generators)
-                  for labels in tqdm(y.split(batch), "exporting")]
-        pixels = ((torch.cat(chunks) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         np.savez_compressed(file, labels=y.numpy(),
                             images=pixels.permute(0, 2, 3, 1).squeeze(3).numpy())
     print(path)

@@ -42,7 +42,7 @@ def cover(points):
     for left, right, bottom, top in (world.BAR, world.STEM):
         from_x = torch.minimum(x - left, right - x)
         from_y = torch.minimum(y - bottom, top - y)
-        inside.append(torch.minimum(from_x, from_y))  # distance from the edge
+        inside.append(torch.minimum(from_x, from_y))
     return (torch.maximum(*inside) * SIZE / WIDTH + 0.5).clamp(0, 1)
 
 

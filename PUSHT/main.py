@@ -10,7 +10,6 @@ next positions in [-1, 1], and y is what the robot sees.
 import argparse
 import contextlib
 import copy
-import io
 import math
 import os
 import signal
@@ -32,7 +31,7 @@ SCHEDULE = "cosine"  # or "linear", as in DDPM, or "flow"
 TARGET = "v"        # what the net predicts: "v", "eps", "x0" or "flow"
 CHANNELS = (32, 64, 64)     # at 16, 8, 4 points of a plan
 HORIZON = 16        # points of a plan, a multiple of 4
-DRIVEN = 4          # of them driven before it looks again
+DRIVEN = 4          # driven before it looks again
 MINUTES = 4.5       # of training
 WARMUP = 100        # steps to the peak learning rate
 SAMPLE_STEPS = 5    # how many of the T levels are visited
@@ -407,10 +406,8 @@ def train(args, checkpoint, path):
                          step=step, seconds=seconds, history=history, rng=torch.get_rng_state(),
                          model=net.state_dict(), ema=ema.state_dict(),
                          optimizer=optimizer.state_dict())
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
             with writing(path) as file:
-                file.write(buffer.getbuffer())
+                torch.save(state, file)
         bar.update(B)
     bar.close()
     if not stop:
@@ -466,7 +463,7 @@ def writing(path):
         with open(part, "wb") as file:
             yield file
         part.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch's, on a full disk
         raise UserError(f"cannot write {path}: {error}") from error
 
 
@@ -531,6 +528,7 @@ def main():
 
 
 def run(main):
+    """Runs a script; nothing else ends it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)

@@ -124,7 +124,7 @@ class Game:
     def keep(self):
         """Adds the episode and rest after it, so that stopping is learned."""
         if len(self.rows) < HORIZON:
-            self.note = "not kept: shorter than a plan"
+            self.note = "not kept: no whole plan"
             return
         end = min(len(self.rows) + world.HOLD, world.STEPS)
         rest = (self.pose, self.disc, self.disc)

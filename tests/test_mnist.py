@@ -215,6 +215,7 @@ def test_flags_out_of_range(quick, args):
 
 
 @pytest.mark.parametrize("args", [
-    "--steps 0", "--label 11", "--guidance nan", "--eta 2", "nonsense", "--export /dev/null/x"])
+    "--steps 0", "--label 11", "--guidance nan", "--eta 2", "nonsense",
+    "--export /dev/null/x --n 2 --steps 1"])
 def test_figure_flags_out_of_range(args):
     fails(VISUAL, *args.split())
