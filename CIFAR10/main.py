@@ -96,7 +96,7 @@ def load_folder(root, size):
         except Exception as error:
             skipped.append(f"{path}: {error}")
     if skipped:
-        print(f"files left out: {len(skipped)}, the first is {skipped[0]}")
+        print(f"files left out: {len(skipped)}, the first: {skipped[0]}")
     if not images:
         raise UserError(f"--data {root}: no picture in a sub-folder of it")
     classes = sorted(set(names))
@@ -426,7 +426,6 @@ def train(args, checkpoint, path):
             loss = torch.stack(losses).mean().item()
             losses.clear()
             if not math.isfinite(loss):
-                bar.close()
                 raise UserError(f"the loss is not finite at step {step}: lower --lr")
             history.append([step, seconds, loss])
             bar.total = int(B * PROCESSES * step / min(share, 1))
@@ -607,13 +606,14 @@ def main():
 
 
 def run(main):
-    """Runs a script; nothing else ends it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except UserError as error:
+        for bar in list(tqdm._instances):
+            bar.close()
         sys.exit(f"error: {error}")
 
 

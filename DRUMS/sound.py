@@ -131,7 +131,7 @@ def read_hits(root):
         except Exception as error:
             skipped.append(f"{path}: {error}")
     if skipped:
-        print(f"files left out: {len(skipped)}, the first is {skipped[0]}")
+        print(f"files left out: {len(skipped)}, the first: {skipped[0]}")
     if not hits:
         raise UserError(f"--data {root}: no .wav file in a sub-folder of it")
     return hits, names

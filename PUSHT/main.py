@@ -393,7 +393,6 @@ def train(args, checkpoint, path):
             loss = torch.stack(losses).mean().item()
             losses.clear()
             if not math.isfinite(loss):
-                bar.close()
                 raise UserError(f"the loss is not finite at step {step}: lower --lr")
             history.append([step, seconds, loss])
             bar.total = int(B * step / min(share, 1))
@@ -528,13 +527,14 @@ def main():
 
 
 def run(main):
-    """Runs a script; nothing else ends it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
     except UserError as error:
+        for bar in list(tqdm._instances):
+            bar.close()
         sys.exit(f"error: {error}")
 
 
