@@ -23,7 +23,7 @@ from torchvision.utils import make_grid
 SHARES = {"v": 90, "linear": 83, "flow": 90, "x0": 84, "eps": 36, "eps, no clamp": 12}
 PICS = Path(__file__).resolve().parent
 ROOT = PICS.parent
-SHOWN = {"MNIST": ("grid", "reverse", "forward", "guidance", "neighbours", "complete", "loss"),
+SHOWN = {"MNIST": ("grid", "reverse", "forward", "neighbours", "complete", "loss"),
          "CIFAR10": ("grid", "reverse"), "PUSHT": ("fan",)}
 
 
