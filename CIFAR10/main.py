@@ -367,6 +367,7 @@ def training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay, target=TARG
         group["lr"] = lr
     optimizer.step()
 
+    # average
     for p_ema, p in zip(ema.parameters(), net.parameters()):
         p_ema.lerp_(p.detach(), 1 - decay)
     return torch.stack(losses).detach().sum()
@@ -475,7 +476,7 @@ def faster(net, args):
 
 
 def agreed(share, device):
-    """The first one's share: its clock and its Ctrl-C count."""
+    """The first one's share: its clock and Ctrl-C count."""
     if PROCESSES == 1:
         return share
     word = torch.tensor(share, device=device)

@@ -338,6 +338,7 @@ def training_step(net, ema, optimizer, x_0, y, alpha_bar, lr, decay, target=TARG
         group["lr"] = lr
     optimizer.step()
 
+    # average
     for p_ema, p in zip(ema.parameters(), net.parameters()):
         p_ema.lerp_(p.detach(), 1 - decay)
     return loss.detach()
