@@ -24,6 +24,7 @@ from main import (ETA, GUIDANCE, HERE, SAMPLE_STEPS, UserError, absolute, load_c
 
 load_data = cache(load_data)
 TILE = 0.7              # inches a side of an image
+THING = "an image"
 plt.style.use("default")  # whatever matplotlibrc says
 plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True,
                      "text.parse_math": False})  # a class may be called $1
@@ -138,8 +139,8 @@ def reverse(model):
     tiles = torch.stack([torch.stack(x_t, 1), torch.stack(x0_hat, 1)], 1)  # (5, 2, 11, C, H, W)
     rows = []
     for name in y:
-        rows += [f"{model.classes[name]}   x_t", "x0_hat"]
-    return tiled(model, "The reverse process: from noise to an image", tiles.flatten(0, 2), rows,
+        rows += [f"{model.classes[name]}   xₜ", "x̂₀"]
+    return tiled(model, f"The reverse process: from noise to {THING}", tiles.flatten(0, 2), rows,
                  [f"t = {t}" for t in levels])
 
 
@@ -153,7 +154,7 @@ def animate(model, path):
     writer.setup(figure, path, dpi=90)
 
     for t, *pair in model.walk(y):
-        for axis, images, title in zip(axes, pair, ("x_t", "x0_hat, the net's guess")):
+        for axis, images, title in zip(axes, pair, ("xₜ", "x̂₀, the net's guess")):
             axis.clear()
             draw(axis, images, rows, [])
             axis.set_title(title, fontsize=10)
@@ -169,32 +170,32 @@ def animate(model, path):
 
 
 def forward(model):
-    """Real images in more and more noise, under each schedule."""
+    """A real image in more and more noise, under each schedule."""
     T = len(model.alpha_bar) - 1
     levels = [round(T * i / 9) for i in range(10)]
     own = model.checkpoint["config"]["schedule"]
     names = list(dict.fromkeys(("linear", "cosine", "flow", own)))
 
     eps = torch.randn(1, *model.shape, generator=torch.Generator().manual_seed(model.seed))
+    x_0 = model.real(model.labels(1))
     tiles = []
-    for x_0 in model.real(model.labels(3)).split(1):
-        for name in names:
-            alpha_bar = noise_schedule(name, T)
-            tiles += [q_sample(x_0, torch.tensor([t]), eps, alpha_bar) for t in levels]
+    for name in names:
+        alpha_bar = noise_schedule(name, T)
+        tiles += [q_sample(x_0, torch.tensor([t]), eps, alpha_bar) for t in levels]
 
-    figure, (top, bottom) = plt.subplots(2, figsize=(7, 9), height_ratios=[6, 2])
+    figure, (top, bottom) = plt.subplots(2, figsize=(7, 4.5), height_ratios=[2, 2])
     figure.suptitle("The forward process: the same noise under each schedule", fontsize=10)
-    draw(top, torch.cat(tiles), names * 3, [f"t = {t}" for t in levels])
+    draw(top, torch.cat(tiles), names, [f"t = {t}" for t in levels])
     for name in names:
         bottom.plot(range(T + 1), noise_schedule(name, T), label=name)
-    bottom.set(xlabel="t", ylabel="alpha_bar", xlim=(0, T), ylim=(0, 1))
+    bottom.set(xlabel="t", ylabel="ᾱ", xlim=(0, T), ylim=(0, 1))
     bottom.legend(frameon=False)
     return figure
 
 
 def grid(model):
     """Ten images of each class, or of the first ten."""
-    return tiled(model, "100 generated images", model.images(model.labels(10).repeat(10)),
+    return tiled(model, "100 samples", model.images(model.labels(10).repeat(10)),
                  [""] * 10)
 
 
@@ -202,15 +203,15 @@ def steps(model):
     """The same noise, walked down in few steps and in many."""
     T = len(model.alpha_bar) - 1
     counts = [n for n in (5, 10, 25, 50, 250) if n < T] + [T]
-    tiles = [model.images(model.labels(10), steps=n) for n in counts]
+    tiles = [model.images(model.labels(10), steps=n) for n in tqdm(counts)]
     return tiled(model, "The same noise, more steps", torch.cat(tiles),
                  [f"{n} steps" for n in counts], varied="steps")
 
 
 def guidance(model):
     """The same noise under more and more guidance."""
-    weights = (0, 0.5, 1, 2, 4, 8)
-    tiles = torch.cat([model.images(model.labels(10), guidance=w) for w in weights])
+    weights = (0, 1, 2, 4, 8)
+    tiles = torch.cat([model.images(model.labels(10), guidance=w) for w in tqdm(weights)])
     return tiled(model, "The same noise, more guidance", tiles, [f"w = {w:g}" for w in weights],
                  varied="guidance")
 

@@ -25,6 +25,7 @@ from sound import DECIBELS, SETTINGS, to_sound, write_wav
 
 load_data = cache(load_data)
 TILE = 0.9              # inches a side of an image
+THING = "a sound: 1 second to the right, 8 kHz upwards"
 plt.style.use("default")  # whatever matplotlibrc says
 plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True,
                      "text.parse_math": False})  # a class may be called $1
@@ -139,8 +140,8 @@ def reverse(model):
     tiles = torch.stack([torch.stack(x_t, 1), torch.stack(x0_hat, 1)], 1)  # (5, 2, 11, C, H, W)
     rows = []
     for name in y:
-        rows += [f"{model.classes[name]}   x_t", "x0_hat"]
-    return tiled(model, "The reverse process: from noise to an image", tiles.flatten(0, 2), rows,
+        rows += [f"{model.classes[name]}   xₜ", "x̂₀"]
+    return tiled(model, f"The reverse process: from noise to {THING}", tiles.flatten(0, 2), rows,
                  [f"t = {t}" for t in levels])
 
 
@@ -154,7 +155,7 @@ def animate(model, path):
     writer.setup(figure, path, dpi=90)
 
     for t, *pair in model.walk(y):
-        for axis, images, title in zip(axes, pair, ("x_t", "x0_hat, the net's guess")):
+        for axis, images, title in zip(axes, pair, ("xₜ", "x̂₀, the net's guess")):
             axis.clear()
             draw(axis, images, rows, [])
             axis.set_title(title, fontsize=10)
@@ -171,7 +172,7 @@ def animate(model, path):
 
 def grid(model):
     """Ten images of each class, or of the first ten."""
-    return tiled(model, "100 generated images", model.images(model.labels(10).repeat(10)),
+    return tiled(model, "100 samples", model.images(model.labels(10).repeat(10)),
                  [""] * 10)
 
 
@@ -179,15 +180,15 @@ def steps(model):
     """The same noise, walked down in few steps and in many."""
     T = len(model.alpha_bar) - 1
     counts = [n for n in (5, 10, 25, 50, 250) if n < T] + [T]
-    tiles = [model.images(model.labels(10), steps=n) for n in counts]
+    tiles = [model.images(model.labels(10), steps=n) for n in tqdm(counts)]
     return tiled(model, "The same noise, more steps", torch.cat(tiles),
                  [f"{n} steps" for n in counts], varied="steps")
 
 
 def guidance(model):
     """The same noise under more and more guidance."""
-    weights = (0, 0.5, 1, 2, 4, 8)
-    tiles = torch.cat([model.images(model.labels(10), guidance=w) for w in weights])
+    weights = (0, 1, 2, 4, 8)
+    tiles = torch.cat([model.images(model.labels(10), guidance=w) for w in tqdm(weights)])
     return tiled(model, "The same noise, more guidance", tiles, [f"w = {w:g}" for w in weights],
                  varied="guidance")
 

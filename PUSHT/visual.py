@@ -168,7 +168,7 @@ def denoising(model, _):
     """Plans from one start, level by level: a scene of x_t, one of the guess x0_hat."""
     pose, disc, frames, colours = bundle(model, 16)
     return [[(pose[0], disc[0], f"{name}, t = {t}", plans, colours)
-             for name, plans in (("x_t", x_t), ("x0_hat", x0_hat))] for t, x_t, x0_hat in frames]
+             for name, plans in (("xₜ", x_t), ("x̂₀", x0_hat))] for t, x_t, x0_hat in frames]
 
 
 def driving(model, regression, n=2, every=4):

@@ -67,19 +67,24 @@ def sculptor(model):
             axis.imshow(image[0, 0].clamp(-1, 1).numpy(), cmap="gray", vmin=-1, vmax=1)
             axis.set(xticks=[], yticks=[])
         column[0].set_title(f"t = {t}", fontsize=9)
-    for axis, name in zip(axes[:, 0], ("the block, x_t", "the guess, x0_hat")):
+    for axis, name in zip(axes[:, 0], ("the block, xₜ", "the guess, x̂₀")):
         axis.set_ylabel(name, fontsize=9)
     return figure
+
+
+def exact(alpha_bar):
+    """The best guess in the world of two images of one pixel, as a net."""
+    def guess(x_t, t, y=None):
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        return torch.tanh(a.sqrt() * x_t / (1 - a))
+    return guess
 
 
 def pixel(main, paths=30):
     """The world of two images of one pixel: `sample`, with the exact guess as its net."""
     T = main.T
     alpha_bar = main.noise_schedule("cosine", T)
-
-    def guess(x_t, t, y=None):
-        a = alpha_bar[t].view(-1, 1, 1, 1)
-        return torch.tanh(a.sqrt() * x_t / (1 - a))
+    guess = exact(alpha_bar)
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
     x = torch.linspace(-3, 3, 301, dtype=torch.float64)
     levels = torch.arange(1, T + 1)
@@ -97,7 +102,64 @@ def pixel(main, paths=30):
             axis.plot(t, path, lw=0.8, color="tab:orange" if path[-1] > 0 else "tab:blue")
         axis.set(xlim=(T, 0), ylim=(-3, 3), xlabel="t", yticks=(-1, 0, 1),
                  title="fresh noise in each step, eta = 1" if eta else "no fresh noise, eta = 0")
-    axes[0].set_ylabel("x_t")
+    axes[0].set_ylabel("xₜ")
+    return figure
+
+
+def step(main, t=500, x_t=0.2):
+    """One step down in that world, small and large: Bayes' factors and products, and the truth."""
+    alpha_bar = main.noise_schedule("cosine", main.T).tolist()
+    x = torch.linspace(-2, 2, 801)
+
+    def normal(mean, variance):
+        return torch.exp(-(x - mean) ** 2 / (2 * variance)) / (2 * torch.pi * variance) ** 0.5
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    a = alpha_bar[t]
+    white = 1 / (1 + np.exp(-2 * a ** 0.5 * x_t / (1 - a)))  # how probable +1 is
+    guess = 2 * white - 1
+    for axis, s in zip(axes, (480, 200)):
+        a_s = alpha_bar[s]
+        alpha = a / a_s
+
+        def product(x_0, a_s=a_s, alpha=alpha):
+            mean = a_s ** 0.5 * (1 - alpha) * x_0 + alpha ** 0.5 * (1 - a_s) * x_t
+            return normal(mean / (1 - a), (1 - a_s) / (1 - a) * (1 - alpha))
+
+        axis.fill_between(x, white * product(1) + (1 - white) * product(-1), color="0.85",
+                          label="the truth, q(xₛ | xₜ)")
+        axis.plot(x, normal(x_t / alpha ** 0.5, (1 - alpha) / alpha), ":", color="0.3",
+                  label="first factor")
+        axis.plot(x, normal(a_s ** 0.5, 1 - a_s), "--", color="tab:orange", lw=1,
+                  label="second factor, x₀ = 1")
+        for x_0, colour in ((1, "tab:orange"), (-1, "tab:blue")):
+            axis.plot(x, product(x_0), color=colour, label=f"product, x₀ = {x_0}")
+        axis.plot(x, product(guess), color="black", lw=1,
+                  label=f"product, x̂₀ = {guess:.2f}")
+        axis.set(xlabel="xₛ", yticks=[], title=f"from t = {t} to s = {s}", xlim=(-2, 2), ylim=0)
+    axes[1].legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def straight(main, paths=16):
+    """The flow in that world: straight lines to learn from, curved paths to walk."""
+    T = main.T
+    alpha_bar = main.noise_schedule("flow", T)
+    s = torch.arange(T + 1) / T
+    scale = ((1 - s) ** 2 + s ** 2) ** 0.5  # the schedule's mix has variance 1
+    x_T = torch.linspace(-2, 2, paths, dtype=torch.float64).view(-1, 1, 1, 1)
+    walked = main.walk(exact(alpha_bar), x_T, torch.zeros(paths), alpha_bar, "x0", T, 0.0, 0.0)
+    walked = torch.stack([scale[t] * x_t.flatten() for t, x_t, _ in walked])
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
+    for x_0, colour in ((1, "tab:orange"), (-1, "tab:blue")):
+        for noise in x_T.flatten():
+            axes[0].plot((T, 0), (noise, x_0), lw=0.8, color=colour)
+        axes[1].plot(range(T, -1, -1), walked[:, walked[-1] * x_0 > 0], lw=0.8, color=colour)
+    axes[0].set(title="what it learns from: any noise, any image", ylabel="(1 - t/T) x₀ + (t/T) ε")
+    axes[1].set(title="where it walks, eta = 0")
+    for axis in axes:
+        axis.set(xlim=(T, 0), xlabel="t", yticks=(-1, 0, 1))
     return figure
 
 
@@ -196,7 +258,8 @@ def main():
             save(visual.FIGURES[name](models[-1]), f"{folder.lower()}-{name}.png")
         if folder == "MNIST":
             save(sculptor(models[0]), "sculptor.png")
-            save(pixel(sys.modules["main"]), "pixel.png")
+            for draw in (pixel, step, straight):
+                save(draw(sys.modules["main"]), f"{draw.__name__}.png")
             if args.runs:
                 experiments(visual, data, args.runs)
     visual = visual_of("PUSHT")
