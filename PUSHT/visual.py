@@ -99,7 +99,9 @@ def scene(axis, pose, disc, title, plans, colours, size=6.5, goal=True):
     """Draws pose (3,), disc (2,) and plans (B, K, 2), each in its colour, on one axis."""
     if goal:
         axis.add_patch(plt.Polygon(OUTLINE, color="#b7e1b0"))
-    axis.add_patch(plt.Polygon(world.to_world(OUTLINE[None], pose[None])[0], fc="0.72", ec="0.4"))
+    block = world.to_world(OUTLINE[None], pose[None])[0]
+    axis.add_patch(plt.Polygon(block, fc="0.72"))
+    axis.add_patch(plt.Polygon(block, fill=False, ec="0.3", zorder=3))
     axis.add_patch(plt.Circle(disc, world.RADIUS, facecolor="#7fa8d9", edgecolor="0.3", zorder=2))
     for plan, colour in zip(plans, colours):
         axis.plot(*plan.T, color=colour, lw=2 if colour == RED else 1, marker=".", ms=3)
@@ -195,7 +197,7 @@ def reverse(model, regression):
 
 
 def fan(model, regression, k=30):
-    """Plans from four starts where both ways are open, and the one plan of the regression."""
+    """Plans from four starts, and the one plan of the regression."""
     pose, disc, walked, colours = bundle(model, k, 4)
     _, plans, _ = walked[-1]
     average = regression.plans(pose[::k], disc[::k])
@@ -243,8 +245,8 @@ def success(model, regression):
     torch.manual_seed(model.seed)
 
     # three in the place of a net
-    def shoved(x_t, t, y):  # the regression's plan, moved by 0.3 units or so to a random side
-        return regression.sample(x_t, y) + 0.3 / REACH * torch.randn(len(y), 2, 1, 1).to(x_t)
+    def shoved(x_t, t, y):  # the regression's plan, moved by 0.15 units or so aside
+        return regression.sample(x_t, y) + 0.15 / REACH * torch.randn(len(y), 2, 1, 1).to(x_t)
 
     def mean(x_t, t, y):  # of 16 plans
         x_T = torch.randn(16, *x_t.shape).flatten(0, 1).to(x_t)

@@ -24,7 +24,7 @@ SHARES = {"v": 90, "linear": 83, "flow": 90, "x0": 84, "eps": 36, "eps, no clamp
 PICS = Path(__file__).resolve().parent
 ROOT = PICS.parent
 SHOWN = {"MNIST": ("grid", "reverse", "forward", "neighbours", "complete", "loss"),
-         "CIFAR10": ("grid", "reverse"), "PUSHT": ("fan",)}
+         "CIFAR10": ("grid", "reverse", "guidance"), "PUSHT": ("fan",)}
 
 
 def visual_of(folder):
@@ -197,7 +197,7 @@ def robot(pushed, width, starts=5, plans=8):
 
 
 def drums(visual):
-    """A walk of each class as a strip; one as sounds, and hits of each class: 8 bits, cut short."""
+    """A walk of each class as a strip; one as sounds, and hits of each class: 8 bits, and cut."""
     model = model_of(visual, None)
     walk = list(model.walk(model.labels(5)))
     shown = walk[::4]
@@ -212,9 +212,10 @@ def drums(visual):
     files["reverse"] = torch.stack([x_t[2] for _, x_t, _ in walk[::2]])
     for name, images in files.items():
         track = []
+        end = 16_000 if name == "cymbal" else 4400  # a second, or a quarter
         for sound in visual.to_sound((images.clamp(-1, 1) + 1) * 127.5):
-            sound = sound[400:4400] / sound.abs().max().clamp(min=1)
-            track += [sound * torch.linspace(1, 0, 4000) ** 0.3, torch.zeros(750)]
+            sound = sound[400:end] / sound.abs().max().clamp(min=1)
+            track += [sound * torch.linspace(1, 0, len(sound)) ** 0.3, torch.zeros(750)]
         numbers = (torch.cat(track) * 127 + 128).round().to(torch.uint8)
         with wave.open(str(PICS / f"drums-{name}.wav"), "wb") as file:
             file.setparams((1, 1, 16000, 0, "NONE", ""))
