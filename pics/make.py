@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-SHARES = {"v": 90, "linear": 83, "flow": 90, "x0": 84, "eps": 36, "eps, no clamp": 12}
+SHARES = {"v": 90, "linear": 87, "flow": 92, "x0": 88, "eps": 67, "eps, no clamp": 12}
 PICS = Path(__file__).resolve().parent
 ROOT = PICS.parent
 SHOWN = {"MNIST": ("grid", "reverse", "forward", "neighbours", "complete", "loss"),
@@ -238,7 +238,7 @@ def demo(models, pushed, rows=2, width=600):
         frame = Image.new("RGB", (width, sum(page.height for page in pages)), "white")
         for k, page in enumerate(pages):
             frame.paste(page, (0, sum(above.height for above in pages[:k])))
-        frames.append(frame.quantize(64, dither=Image.Dither.NONE))
+        frames.append(frame.quantize(96, dither=Image.Dither.NONE))
     frames[0].save(PICS / "demo.gif", save_all=True, append_images=frames[1:], loop=0,
                    duration=[120] * (count - 1) + [2500], optimize=True)
     print("demo.gif", (PICS / "demo.gif").stat().st_size)
