@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torchvision.utils import make_grid
 
-SHARES = {"v": 90, "linear": 87, "flow": 92, "x0": 88, "eps": 67, "eps, no clamp": 12}
+SHARES = {"v": 90, "linear": 87, "flow": 93, "x0": 88, "eps": 67, "eps, no clamp": 12}
 PICS = Path(__file__).resolve().parent
 ROOT = PICS.parent
 SHOWN = {"MNIST": ("grid", "reverse", "forward", "neighbours", "complete", "loss"),
