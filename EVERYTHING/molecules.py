@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import pyplot as plt
-from matplotlib.animation import FuncAnimation
 from matplotlib.collections import LineCollection
 from torch import nn
 from torch.nn import functional as F
@@ -25,8 +24,8 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "MNIST"))
-from main import (NULL, absolute, catch_ctrl_c, noise_schedule, run, training_step,  # noqa: E402
-                  walk, writing, zero_init)
+from main import (NULL, catch_ctrl_c, noise_schedule, run, training_step, walk,  # noqa: E402
+                  writing, zero_init)
 
 WIDTH = 64
 KIND = 0.25  # a kind beside angstroms
@@ -139,30 +138,29 @@ def train(net, x_0, y, alpha_bar, lr, minutes):
 
 
 def learn(Net, path, x_0, y, alpha_bar, lr):
-    """By the flags: (a net, with the weights shipped at path or trained; a folder)."""
+    """By the flags: a net, with the weights at path or trained, and a folder."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
     add("--minutes", type=float, default=5)
     add("--seed", type=int, default=0)
-    add("--out", type=absolute, default=HERE / "figures")
+    add("--out", type=Path, default=HERE / "figures")
     add("--draw", action="store_true")
     args = parser.parse_args()
     if not 0 < args.minutes < math.inf:
         parser.error("--minutes must be above 0 and finite")
     torch.manual_seed(args.seed)
-    out = Path(args.out)
     net = Net()
     if args.draw:
         net.load_state_dict(torch.load(path, weights_only=True))
     else:
         net = train(net, x_0, y, alpha_bar, lr, args.minutes)
-        with writing(out / path.name) as file:
+        with writing(args.out / path.name) as file:
             torch.save(net.half().state_dict(), file)
-    return net.float(), out
+    return net.float(), args.out
 
 
 def judge(x):
-    """Bonds (B, 9, 9); valid, rings and graph (B,), one number whatever the order of the atoms."""
+    """Bonds (B, 9, 9); valid, rings, graph (B,), a number whatever the atoms' order."""
     kinds = x[:, 3:, 0].argmax(dim=1)
     positions = 100 * x[:, :3, 0].mT
     distances = torch.cdist(positions, positions) + 1000 * ONE
@@ -179,7 +177,6 @@ def sticks(axis, x_0, turn):
     """One molecule (6, 1, 9) by way of turn (3, 2)."""
     bonds, *_ = judge(x_0[None])
     positions = (x_0[:3, 0].T - x_0[:3, 0].mean(dim=1)) @ turn
-    axis.clear()
     axis.add_collection(LineCollection(positions[bonds[0].nonzero()], colors="silver", lw=3))
     axis.scatter(*positions.T, 25, COLOURS[x_0[3:, 0].argmax(dim=0)], zorder=2)
     axis.set(xlim=(-5.4, 5.4), ylim=(-3.6, 3.6), aspect="equal")
@@ -187,27 +184,18 @@ def sticks(axis, x_0, turn):
 
 
 def draw(walked, y, out):
-    """molecules.png, a row for each number of rings, and molecules.gif, where the first turn."""
+    """molecules.png: a row for each number of rings, one on its way, then four others."""
     positions = walked[0][:, :3, 0] - walked[0][:, :3, 0].mean(dim=2, keepdim=True)
-    turns = torch.linalg.svd(positions)[0]  # widest first
-    shown = [(y == rings).nonzero()[:5, 0] for rings in range(5)]
+    turns = torch.linalg.svd(positions)[0][:, :, :2]  # widest first
     figure, axes = plt.subplots(5, 10, figsize=(14, 6), layout="constrained")
-    for rings, five in enumerate(shown):
-        levels = 1000, 800, 600, 400, 200, 0, 0, 0, 0, 0
-        for axis, t, n in zip(axes[rings], levels, [*five[[0] * 5], *five]):
-            sticks(axis, walked[t][n], turns[n, :, :2])
-            axis.set_title(f"{rings} rings, t = {t}", size=8)
+    for k, axis in enumerate(axes.flat):
+        rings = k // 10
+        n = (y == rings).nonzero()[max(k % 10 - 5, 0), 0]
+        t = max(1000 - k % 10 * 200, 0)
+        sticks(axis, walked[t][n], turns[n])
+        axis.set_title(f"{rings} rings, t = {t}", size=8)
     with writing(out / "molecules.png") as file:
         figure.savefig(file)
-
-    def frame(k):
-        angle = k * math.pi / 18
-        front = torch.tensor([[math.cos(angle), 0], [0, 1], [math.sin(angle), 0]])
-        for axis, n in zip(axes, shown):
-            sticks(axis, walked[0][n[0]], turns[n[0]] @ front)
-
-    figure, axes = plt.subplots(1, 5, figsize=(7, 1.1), layout="constrained")
-    FuncAnimation(figure, frame, 36).save(out / "molecules.gif", "pillow", fps=12)
 
 
 def main():
@@ -220,7 +208,7 @@ def main():
     net, out = learn(Net, HERE / "molecules.pt", seen, y, alpha_bar, 7e-3)
 
     y = rings[-500:]
-    path = walk(net, torch.randn(500, 6, 1, 9), y, alpha_bar, "v", steps=100, guidance=1,
+    path = walk(net, torch.randn(500, 6, 1, 9), y, alpha_bar, "v", 100, guidance=1,
                 guided=(0.2, 0.9), clamp=None)
     walked = {t: x_t for t, x_t, _ in path}
     known = set(judge(seen)[3].tolist())

@@ -10,18 +10,16 @@ Measure: the share of rooms that keep `rules`, as in LEGO-Net (arXiv:2301.09629)
 """
 import math
 import random
-import sys
 
 import torch
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
-from molecules import HERE, learn, mlp, sines
+from molecules import HERE, learn, mlp, sines  # which finds MNIST's main.py, too
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(HERE.parent / "MNIST"))
-from main import noise_schedule, run, walk, writing, zero_init  # noqa: E402
+from main import noise_schedule, run, walk, writing, zero_init
 
 WIDTH = 128
 PAIR = 64
@@ -266,7 +264,7 @@ def main():
         far = torch.cdist(rooms.flatten(1), x_0.flatten(1)).amin(1).median()
         print(f"{name}: {', '.join(held)}; the nearest training room is {far:.2f} away")
 
-    # one on its way, two of each kind, and a bedroom of which the bed and the door stay
+    # two of each kind, and a bedroom of which the bed and the door stay
     n = torch.cat([(plans[:, 5] == 8 * room).nonzero()[:2, 0] for room in range(4)])
     bed = torch.zeros(8, 7, 1, 8, dtype=torch.bool)
     bed[..., 0] = True

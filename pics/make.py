@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.animation import FuncAnimation
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -222,6 +223,36 @@ def drums(visual):
             file.writeframes(numbers.numpy().tobytes())
 
 
+def turning():
+    """molecules.gif: of drawn molecules, the first valid one of each number of rings turns."""
+    sys.path[:0] = [str(ROOT / "EVERYTHING"), str(ROOT / "MNIST")]
+    for name in ("main", "molecules"):
+        sys.modules.pop(name, None)
+    molecules = importlib.import_module("molecules")
+    net = molecules.Net()
+    net.load_state_dict(torch.load(ROOT / "EVERYTHING/molecules.pt", weights_only=True))
+    alpha_bar = molecules.noise_schedule("cosine", 1000)
+    alpha_bar = 1 / (1 + (1 / alpha_bar - 1) / 4 ** 2)
+    torch.manual_seed(0)
+    y = torch.arange(5).repeat(8)
+    *_, (_, x_0, _) = molecules.walk(net.float(), torch.randn(40, 6, 1, 9), y, alpha_bar, "v", 100,
+                                     guidance=1, guided=(0.2, 0.9), clamp=None)
+    _, valid, rings, _ = molecules.judge(x_0)
+    shown = [x_0[valid & (y == n) & (rings == n)][0] for n in range(5)]
+    turns = [torch.linalg.svd(x[:3, 0] - x[:3, 0].mean(dim=1, keepdim=True))[0] for x in shown]
+
+    def frame(k):
+        angle = k * np.pi / 18
+        front = torch.tensor([[np.cos(angle), 0], [0, 1], [np.sin(angle), 0]]).float()
+        for axis, x, turn in zip(axes, shown, turns):
+            axis.clear()
+            molecules.sticks(axis, x, turn @ front)
+
+    figure, axes = plt.subplots(1, 5, figsize=(7, 1.1))
+    FuncAnimation(figure, frame, 36).save(PICS / "molecules.gif", "pillow", fps=12, dpi=100)
+    sys.path[:2] = []
+
+
 def demo(models, pushed, rows=2, width=600):
     """Digits above colour pictures above plans, frame by frame."""
     walks = [list(model.walk(model.labels(10 * rows))) for model in models]
@@ -276,6 +307,7 @@ def main():
         visual.animate(frames(policy, regression), PICS / f"pusht-{name}.gif", fps)
     demo(models, (visual, finer))
     drums(visual_of("DRUMS"))
+    turning()
 
 
 if __name__ == "__main__":
