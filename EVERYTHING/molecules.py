@@ -193,7 +193,7 @@ def draw(walked, y, out):
         n = (y == rings).nonzero()[max(k % 10 - 5, 0), 0]
         t = max(1000 - k % 10 * 200, 0)
         sticks(axis, walked[t][n], turns[n])
-        axis.set_title(f"{rings} rings, t = {t}", size=8)
+        axis.set_title(f"rings: {rings}, t = {t}", size=8)
     with writing(out / "molecules.png") as file:
         figure.savefig(file)
 

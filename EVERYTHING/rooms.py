@@ -1,4 +1,4 @@
-"""Rooms: a scripted designer furnishes them by the thousand, diffusion learns to.
+"""Rooms: a scripted designer furnishes thousands, and diffusion learns how.
 
     python rooms.py             train for five minutes, measure, draw
     python rooms.py --draw      the last two, with the weights beside it
@@ -264,7 +264,7 @@ def main():
         far = torch.cdist(rooms.flatten(1), x_0.flatten(1)).amin(1).median()
         print(f"{name}: {', '.join(held)}; the nearest training room is {far:.2f} away")
 
-    # two of each kind, and a bedroom of which the bed and the door stay
+    # two of each kind, and a bedroom of which the bed stays
     n = torch.cat([(plans[:, 5] == 8 * room).nonzero()[:2, 0] for room in range(4)])
     bed = torch.zeros(8, 7, 1, 8, dtype=torch.bool)
     bed[..., 0] = True
