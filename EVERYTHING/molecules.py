@@ -1,12 +1,12 @@
 """Molecules: nine atoms come out of noise with the method of MNIST/main.py.
 
     python molecules.py             train for five minutes, measure, draw
-    python molecules.py --draw      the last two, with the weights beside it
+    python molecules.py --draw      the last two, with molecules.pt
 
 Data: QM9 without hydrogen (Ramakrishnan et al. 2014). x_0: (B, 6, 1, 9), angstroms and a channel
-each for C, N, O; y: how many rings. Net: message passing (Satorras et al. 2021). Measure: bonds by
+each for C, N, O; y: rings. Net: message passing (Satorras et al. 2021). Measure: bonds by
 length (Hoogeboom et al. 2022); valid is one piece, no atoms nearer than 1.1 angstrom, at C, N, O
-at most 4, 3, 2 bonds, a double one being two.
+at most 4, 3, 2 bonds, a double one twice.
 """
 import argparse
 import copy
@@ -24,24 +24,24 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "MNIST"))
-from main import (NULL, catch_ctrl_c, noise_schedule, run, training_step, walk,  # noqa: E402
-                  writing, zero_init)
+from main import (NULL, catch_ctrl_c, noise_schedule, run, training_step, walk, writing,
+                  zero_init)
 
 WIDTH = 64
 KIND = 0.25  # a kind beside angstroms
 
-# picometres below which C, N, O have a bond with C, N, O: single, double, triple
+# picometres below which C, N, O bond with C, N, O: single, double, triple
 LONGEST = torch.tensor([[[164, 157, 153], [157, 155, 150], [153, 150, 158]],
                         [[139, 134, 125], [134, 130, 126], [125, 126, 126]],
                         [[123, 119, 116], [119, 113, 0], [116, 0, 0]]])
 VALENCE = torch.tensor([4, 3, 2])
 COLOURS = np.array(["grey", "royalblue", "red"])
 
-# sums and differences over the 36 pairs of atoms, as matrices (36, 9)
+# sums and differences over 36 pairs of atoms, as (36, 9)
 ONE = torch.eye(9)
-PAIRS = ONE[torch.triu_indices(9, 9, 1)]  # (2, 36, 9)
-PLUS = PAIRS.sum(dim=0)
-MINUS = PAIRS.diff(dim=0)[0]
+i, j = torch.triu_indices(9, 9, 1)
+PLUS = ONE[j] + ONE[i]
+MINUS = ONE[j] - ONE[i]
 
 
 def load_data():
@@ -52,8 +52,8 @@ def load_data():
 
 
 def sines(x, waves):
-    x = (x[..., None] * waves).flatten(start_dim=-2)
-    return torch.cat([x.sin(), x.cos()], dim=-1)
+    x = (x[..., None] * waves).flatten(-2)
+    return torch.cat([x.sin(), x.cos()], -1)
 
 
 def mlp(c_in, c, c_out):
@@ -74,7 +74,7 @@ class Layer(nn.Module):
         zero_init(self.hear[2])
 
     def forward(self, h, x, pairs, emb):
-        # a pair knows its two atoms, their distance and what it knew before
+        # a pair knows its atoms, their distance and what it knew
         scale, shift = self.emb(emb).chunk(2, dim=2)
         told = (1 + scale) * F.layer_norm(h, [WIDTH]) + shift
         between = MINUS @ x  # (B, 36, 3)
@@ -83,9 +83,9 @@ class Layer(nn.Module):
         pairs = pairs + PLUS @ self.end(told) + self.distance(sines(distance, waves))
         pairs = F.silu(self.message(F.silu(pairs)))  # (B, 36, WIDTH)
 
-        # opposite moves, and to each atom the sum of its messages
+        # opposite moves; an atom hears all its messages
         x = x + MINUS.T @ (self.pull(pairs) * between / (distance + 1)) / 4
-        return h + self.hear(torch.cat([told, PLUS.T @ pairs / 4], dim=2)), x, pairs
+        return h + self.hear(torch.cat([told, PLUS.T @ pairs / 4], 2)), x, pairs
 
 
 class Net(nn.Module):
@@ -107,14 +107,14 @@ class Net(nn.Module):
 
         # where the whole is means nothing
         x_t = x_t[:, :, 0].mT  # (B, 9, 6)
-        start = x_t[..., :3] - x_t[..., :3].mean(dim=1, keepdim=True)
+        start = x_t[..., :3] - x_t[..., :3].mean(1, keepdim=True)
         h = self.stem(x_t[..., 3:]) + emb
         x = start
         pairs = 0
         for layer in self.layers:
             h, x, pairs = layer(h, x, pairs, emb)
         moved = x - start + self.skip(emb) * start
-        return torch.cat([moved, self.kinds(h)], dim=2).mT[:, :, None]
+        return torch.cat([moved, self.kinds(h)], 2).mT[:, :, None]
 
 
 def train(net, x_0, y, alpha_bar, lr, minutes):
@@ -138,7 +138,7 @@ def train(net, x_0, y, alpha_bar, lr, minutes):
 
 
 def learn(Net, path, x_0, y, alpha_bar, lr):
-    """By the flags: a net, with the weights at path or trained, and a folder."""
+    """A net, with the weights at path or trained, and a folder."""
     parser = argparse.ArgumentParser()
     add = parser.add_argument
     add("--minutes", type=float, default=5)
@@ -147,7 +147,7 @@ def learn(Net, path, x_0, y, alpha_bar, lr):
     add("--draw", action="store_true")
     args = parser.parse_args()
     if not 0 < args.minutes < math.inf:
-        parser.error("--minutes must be above 0 and finite")
+        parser.error("--minutes is out of range")
     torch.manual_seed(args.seed)
     net = Net()
     if args.draw:
@@ -161,14 +161,14 @@ def learn(Net, path, x_0, y, alpha_bar, lr):
 
 def judge(x):
     """Bonds (B, 9, 9); valid, rings, graph (B,), a number whatever the atoms' order."""
-    kinds = x[:, 3:, 0].argmax(dim=1)
+    kinds = x[:, 3:, 0].argmax(1)
     positions = 100 * x[:, :3, 0].mT
     distances = torch.cdist(positions, positions) + 1000 * ONE
-    bonds = (distances < LONGEST[:, kinds[:, :, None], kinds[:, None]]).sum(dim=0)
+    bonds = (distances < LONGEST[:, kinds[:, :, None], kinds[:, None]]).sum(0)
     bonded = (bonds > 0) + ONE
-    whole = torch.linalg.matrix_power(bonded, 8) > 0  # a way from each to each
-    few = bonds.sum(dim=2, keepdim=True) <= VALENCE[kinds][:, :, None]
-    valid = (whole & few & (distances >= 110)).flatten(1).all(dim=1)
+    whole = torch.linalg.matrix_power(bonded, 8) > 0  # all are joined
+    few = bonds.sum(2, keepdim=True) <= VALENCE[kinds][:, :, None]
+    valid = (whole & few & (distances >= 110)).flatten(1).all(1)
     graph = torch.linalg.det(bonds + torch.diag_embed(kinds + math.e).double())
     return bonds, valid, bonded.sum(dim=(1, 2)) / 2 - 12.5, (1e6 * graph).round()
 
@@ -176,23 +176,23 @@ def judge(x):
 def sticks(axis, x_0, turn):
     """One molecule (6, 1, 9) by way of turn (3, 2)."""
     bonds, *_ = judge(x_0[None])
-    positions = (x_0[:3, 0].T - x_0[:3, 0].mean(dim=1)) @ turn
+    positions = (x_0[:3, 0].T - x_0[:3, 0].mean(1)) @ turn
     axis.add_collection(LineCollection(positions[bonds[0].nonzero()], colors="silver", lw=3))
-    axis.scatter(*positions.T, 25, COLOURS[x_0[3:, 0].argmax(dim=0)], zorder=2)
+    axis.scatter(*positions.T, 25, COLOURS[x_0[3:, 0].argmax(0)], zorder=2)
     axis.set(xlim=(-5.4, 5.4), ylim=(-3.6, 3.6), aspect="equal")
     axis.set_axis_off()
 
 
 def draw(walked, y, out):
-    """molecules.png: a row for each number of rings, one on its way, then four others."""
-    positions = walked[0][:, :3, 0] - walked[0][:, :3, 0].mean(dim=2, keepdim=True)
-    turns = torch.linalg.svd(positions)[0][:, :, :2]  # widest first
+    """A row for each number of rings: one on its way, four others."""
+    x = walked[0][:, :3, 0]
+    turns = torch.linalg.svd(x - x.mean(2, keepdim=True))[0]  # widest first
     figure, axes = plt.subplots(5, 10, figsize=(14, 6), layout="constrained")
     for k, axis in enumerate(axes.flat):
         rings = k // 10
         n = (y == rings).nonzero()[max(k % 10 - 5, 0), 0]
         t = max(1000 - k % 10 * 200, 0)
-        sticks(axis, walked[t][n], turns[n])
+        sticks(axis, walked[t][n], turns[n, :, :2])
         axis.set_title(f"rings: {rings}, t = {t}", size=8)
     with writing(out / "molecules.png") as file:
         figure.savefig(file)
@@ -200,11 +200,11 @@ def draw(walked, y, out):
 
 def main():
     x_0, rings = load_data()
-    seen = x_0[:-500]  # the others are kept to compare with
+    seen = x_0[:-500]  # the rest to compare
     y = rings[:-500].clone()
     y[::10] = NULL  # guidance needs both kinds
     alpha_bar = noise_schedule("cosine", 1000)
-    alpha_bar = 1 / (1 + (1 / alpha_bar - 1) / 4 ** 2)  # noise as for data four times as large
+    alpha_bar = 1 / (1 + (1 / alpha_bar - 1) / 4 ** 2)  # as for data four times as large
     net, out = learn(Net, HERE / "molecules.pt", seen, y, alpha_bar, 7e-3)
 
     y = rings[-500:]
