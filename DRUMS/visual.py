@@ -25,7 +25,7 @@ from sound import DECIBELS, SETTINGS, to_sound, write_wav
 
 load_data = cache(load_data)
 TILE = 0.9              # inches a side of an image
-THING = "a sound: 1 second to the right, 8 kHz upwards"
+THING = "a sound: 1 second wide, 8 kHz high"
 plt.style.use("default")  # whatever matplotlibrc says
 plt.rcParams.update({"font.size": 9, "figure.dpi": 150, "figure.constrained_layout.use": True,
                      "text.parse_math": False})  # a class may be called $1

@@ -6,7 +6,7 @@
 Data: QM9 without hydrogen (Ramakrishnan et al. 2014). x_0: (B, 6, 1, 9), angstroms and a channel
 each for C, N, O; y: rings. Net: message passing (Satorras et al. 2021). Measure: bonds by
 length (Hoogeboom et al. 2022); valid is one piece, no atoms nearer than 1.1 angstrom, at C, N, O
-at most 4, 3, 2 bonds, a double one twice.
+at most 4, 3, 2 bonds, a double one counts twice.
 """
 import argparse
 import copy
@@ -37,7 +37,7 @@ LONGEST = torch.tensor([[[164, 157, 153], [157, 155, 150], [153, 150, 158]],
 VALENCE = torch.tensor([4, 3, 2])
 COLOURS = np.array(["grey", "royalblue", "red"])
 
-# sums and differences over 36 pairs of atoms, as (36, 9)
+# sums and differences over 36 pairs, as (36, 9)
 ONE = torch.eye(9)
 i, j = torch.triu_indices(9, 9, 1)
 PLUS = ONE[j] + ONE[i]

@@ -183,7 +183,7 @@ def forward(model):
         alpha_bar = noise_schedule(name, T)
         tiles += [q_sample(x_0, torch.tensor([t]), eps, alpha_bar) for t in levels]
 
-    figure, (top, bottom) = plt.subplots(2, figsize=(7, 4.5), height_ratios=[2, 2])
+    figure, (top, bottom) = plt.subplots(2, figsize=(7, 4.5))
     figure.suptitle("The forward process: the same noise under each schedule", fontsize=10)
     draw(top, torch.cat(tiles), names, [f"t = {t}" for t in levels])
     for name in names:

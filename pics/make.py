@@ -250,7 +250,6 @@ def turning():
 
     figure, axes = plt.subplots(1, 5, figsize=(7, 1.1))
     FuncAnimation(figure, frame, 36).save(PICS / "molecules.gif", "pillow", fps=12, dpi=100)
-    sys.path[:2] = []
 
 
 def demo(models, pushed, rows=2, width=600):
